@@ -1,0 +1,94 @@
+"""The `data` section: which images, how they are augmented, and how they reach the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Augmentation = Literal[
+    "auto", "none", "crop_flip", "crop_flip_cutout", "imagenet_paper", "imagenet_torchvision"
+]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images to train on and how they are brought to the device."""
+
+    name: str = "digits"
+    """digits (bundled with scikit-learn), cifar10, cifar100, mnist, fashion_mnist, imagefolder, or
+    package.module:factory, which is called as factory(split="train" or "val", **data.kwargs) and returns a
+    map-style torch Dataset of (image, class): a PIL image, a uint8 CHW tensor, or a float CHW tensor that is
+    taken as already normalised."""
+
+    root: str = "data"
+    """Folder with torchvision's standard files or, for imagefolder, with train/ and val/ (or test/), each
+    holding one folder per class."""
+
+    download: bool = False
+    """Fetch missing standard files (cifar10, cifar100, mnist, fashion_mnist) into data.root."""
+
+    train_samples: int | None = None
+    """Train on a seeded, class-balanced subset of this many images (null: all of them)."""
+
+    image_size: int | None = None
+    """Side of the square input in pixels (null: 32; 224 for imagefolder; the first image's for a factory)."""
+
+    augmentation: Augmentation = "auto"
+    """auto: crop (and flip, for photographs) for small images, imagenet_paper for larger imagefolders, none
+    for a factory. crop_flip pads by 1/8 of the side (1/16 and no flip for digits and the like); cutout adds
+    an erased square; imagenet_paper: random resized crop and flip; imagenet_torchvision: TrivialAugment and
+    random erasing on top, as torchvision's reference recipe."""
+
+    normalization: Literal["auto", "imagenet"] = "auto"
+    """auto: the set's published mean and deviation, measured ones for other sets held in memory, ImageNet's
+    otherwise. imagenet: ImageNet's, which most pretrained weights expect."""
+
+    mixup_alpha: float = 0.0
+    """MixUp's Beta parameter (0: off). With cutmix_alpha too, each batch draws one of the two."""
+
+    cutmix_alpha: float = 0.0
+    """CutMix's Beta parameter (0: off)."""
+
+    workers: int = -1
+    """Decoding processes per rank, for sets that are not held in memory (-1: cores shared out among the
+    ranks of this machine; 0: decode in the training process)."""
+
+    in_memory: Literal["auto", "yes", "no"] = "auto"
+    """Hold the decoded images as uint8 on the device (auto: up to 2 GiB, where the augmentation works on
+    decoded images; never for a factory, whose own randomness would freeze)."""
+
+    cache: bool = True
+    """Keep an imagefolder that was decoded into memory as a file, shared by the ranks of a machine and read
+    by the next start ($LOCSGD_CACHE, by default ~/.cache/locsgd)."""
+
+    val_batch: int | None = None
+    """Images per rank and step of an evaluation (null: 256 up to 64 pixels, else the training batch)."""
+
+    subset_seed: int = 0
+    """Seed of the data.train_samples subset; apart from train.seed, so that seeds compare on one subset."""
+
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a package.module:factory."""
+
+    def __post_init__(self) -> None:
+        for key in ("train_samples", "image_size", "val_batch"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{key} must be at least 1 (or null), got {value}")
+        for key in ("mixup_alpha", "cutmix_alpha"):
+            value = getattr(self, key)
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"data.{key} must be 0 (off) or positive and finite, got {value}")
+        if self.workers < -1:
+            raise ValueError(
+                f"data.workers must be -1 (sized to the machine) or at least 0, got {self.workers}"
+            )
+        if self.augmentation.startswith("imagenet_") and self.in_memory == "yes":
+            raise ValueError(
+                f"data.in_memory=yes needs data.augmentation auto, none, crop_flip or crop_flip_cutout; "
+                f"{self.augmentation} crops from the undecoded original, got both"
+            )
+        if self.kwargs and ":" not in self.name:
+            raise ValueError(
+                f"data.kwargs is for data.name=package.module:factory only, got data.name={self.name}"
+            )

@@ -1,0 +1,20 @@
+"""Data parallelism that follows the boundary: gradients of the SGD region, replicas of the localized one."""
+
+from locsgd_dist.distributed.buffers import pool_buffers
+from locsgd_dist.distributed.region_ddp import RegionDDP
+from locsgd_dist.distributed.replicas import ReplicaConfig, Replicas, make_replicas
+from locsgd_dist.distributed.runtime import DistributedConfig, Runtime, environment_rank, resolve_device
+from locsgd_dist.distributed.traffic import Traffic
+
+__all__ = [
+    "DistributedConfig",
+    "RegionDDP",
+    "ReplicaConfig",
+    "Replicas",
+    "Runtime",
+    "Traffic",
+    "environment_rank",
+    "make_replicas",
+    "pool_buffers",
+    "resolve_device",
+]

@@ -1,0 +1,101 @@
+"""Data parallelism over the SGD region: only parameters that require a gradient are in all-reduce buckets."""
+
+# No postponed annotations here: DDP inspects the communication hook's and wants the class, not its name.
+
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from locsgd_dist.distributed.traffic import Traffic
+
+
+class RegionDDP:
+    """Runs a network under DistributedDataParallel whose buckets follow the boundary.
+
+    ``find_unused_parameters`` would keep sending every bucket of the localized region; only wrapping anew after a shift
+    shrinks the traffic, so :meth:`refresh` does that. With one rank, or once no parameter requires a gradient, the
+    network runs bare.
+
+    Args:
+        model: the network, on its device. Rank 0's weights and buffers are broadcast, here and once.
+        process_group: the data group, or None for a world of one.
+        traffic: counts each all-reduce's payload.
+        compression: ``bf16`` sends gradients as bfloat16.
+        deterministic: keeps the bucket layout of the first step. DDP rebuilds its buckets after the first backward pass,
+            which from 3 ranks on changes the order of summation, so that a resumed run would differ in the last bit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        process_group: dist.ProcessGroup | None,
+        traffic: Traffic | None = None,
+        *,
+        compression: str = "none",
+        deterministic: bool = False,
+    ):
+        self.module = model
+        self.traffic = traffic if traffic is not None else Traffic()
+        self._group = process_group
+        self._compression = compression
+        self._deterministic = deterministic
+        self._ddp: DistributedDataParallel | None = None
+        self._wrap(init_sync=True)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.module(*args) if self._ddp is None else self._ddp(*args)
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Gradients stay on their rank inside: all but the last of a step's micro-batches."""
+        return nullcontext() if self._ddp is None else self._ddp.no_sync()
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether a DDP wrapper is in force (more than one rank and something to reduce)."""
+        return self._ddp is not None
+
+    def refresh(self) -> None:
+        """Wraps anew after the set of parameters that require a gradient has changed.
+
+        Every rank calls it at the same time with equal weights: nothing is broadcast (a broadcast of rank 0's tensors
+        would silently overwrite replicas that differ).
+        """
+        self._ddp = None
+        # Gradients are views into the old wrapper's buckets and would keep their storage alive.
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        gc.collect()
+        self._wrap(init_sync=False)
+
+    def _wrap(self, *, init_sync: bool) -> None:
+        if self._group is None or not any(p.requires_grad for p in self.module.parameters()):
+            return
+        device = next(self.module.parameters()).device
+        self._ddp = DistributedDataParallel(
+            self.module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            process_group=self._group,
+            # Each rank's running statistics are its own until `pool_buffers`; a broadcast each step would cost more
+            # than it gives.
+            forward_sync_buffers=False,
+            init_sync=init_sync,
+            gradient_as_bucket_view=True,
+            # On, DDP never rebuilds its buckets; on a network that uses all its parameters that is its only effect.
+            find_unused_parameters=self._deterministic,
+        )
+        hook: Callable[[Any, dist.GradBucket], Any] = self._all_reduce
+        if self._compression == "bf16":
+            hook = default_hooks.bf16_compress_wrapper(hook)
+        self._ddp.register_comm_hook(self._group, hook)
+
+    def _all_reduce(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        buffer = bucket.buffer()
+        self.traffic.add_gradients(buffer.numel() * buffer.element_size())
+        return default_hooks.allreduce_hook(group, bucket)

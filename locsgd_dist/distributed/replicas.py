@@ -1,0 +1,268 @@
+"""How replicas of the localized region stay equal.
+
+Gradients do that for the SGD region. The localized region has none, so each rank's updates, made from its own share of
+the batch, would drift apart. Three remedies, one interface:
+
+    replicas.arm()            # before the last forward pass of a step
+    ...forward; replicas.start(); backward; optimizer step...
+    replicas.finish_step()    # localized weights have moved (or wait for later steps)
+    replicas.synchronise()    # before an evaluation or a shift: all ranks equal
+
+Collectives run on the data group in the order in which all ranks reach them; each rank takes every branch alike,
+since the branches depend on step counts and the boundary only.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from locsgd_dist.distributed.traffic import Traffic
+from locsgd_dist.localized import Layer, LocalizedLearner
+
+
+@dataclass(frozen=True)
+class ReplicaConfig:
+    """How replicas of the localized region are kept equal on more than one rank."""
+
+    mode: Literal["sharded", "all_reduce", "periodic"] = "sharded"
+    """sharded (one rank computes a layer's update and broadcasts it), all_reduce (updates are summed over ranks: the
+    exact large-batch rule) or periodic (ranks drift, weights are averaged every replicas.every steps)."""
+    every: int = 8
+    """sharded: steps whose updates are gathered before one broadcast; periodic: steps between averages; >= 1."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"replicas.every must be >= 1, got {self.every}")
+
+
+def make_replicas(
+    config: ReplicaConfig,
+    learner: LocalizedLearner,
+    group: dist.ProcessGroup | None,
+    traffic: Traffic,
+    *,
+    overlap: bool = True,
+) -> Replicas:
+    """The replicas that ``config`` describes; with no group (a world of one) there is nothing to keep equal.
+
+    Args:
+        overlap: start exchanges inside the forward pass. Off under torch.compile, where a hook that starts a collective
+            would break the graph: they then start between the forward and the backward pass.
+    """
+    if group is None:
+        return Replicas(learner)
+    match config.mode:
+        case "sharded":
+            return ShardedReplicas(learner, group, traffic, every=config.every, overlap=overlap)
+        case "all_reduce":
+            return AllReducedReplicas(learner, group, traffic, overlap=overlap)
+        case "periodic":
+            return AveragedReplicas(learner, group, traffic, every=config.every)
+
+
+class Replicas:
+    """A world of one: an update is applied as soon as its step is over. Base of the modes for many ranks."""
+
+    def __init__(self, learner: LocalizedLearner):
+        self.learner = learner
+
+    def refresh(self) -> None:
+        """Call after the boundary has moved, and after a learner has been restored."""
+
+    def arm(self) -> None:
+        """Call before the last forward pass of a step: updates may travel as soon as they are complete."""
+
+    def start(self) -> None:
+        """Call after that forward pass: what has not been sent yet is sent, beside the backward pass."""
+
+    def finish_step(self) -> None:
+        """Call after the optimizer's step: localized weights move."""
+        self.learner.apply()
+
+    def synchronise(self) -> None:
+        """Applies what is gathered and makes the localized weights of all ranks equal."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave."""
+
+
+class _ExchangedReplicas(Replicas):
+    """Updates travel between ranks before they are applied, every ``every`` steps; subclasses say how.
+
+    The exchange starts behind the last localized layer's forward pass and is waited for when the update is applied, so
+    that it runs beside the forward and the backward pass of the SGD region.
+    """
+
+    def __init__(
+        self,
+        learner: LocalizedLearner,
+        group: dist.ProcessGroup,
+        traffic: Traffic,
+        *,
+        every: int = 1,
+        overlap: bool = True,
+    ):
+        super().__init__(learner)
+        self._group = group
+        self._traffic = traffic
+        self._every = every
+        self._overlap = overlap
+        self._pending_steps = 0
+        self._armed = False
+        self._in_flight: list[tuple[dist.Work, Tensor, Sequence[Layer]]] = []
+        self._region_end: torch.utils.hooks.RemovableHandle | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        if self._region_end is not None:
+            self._region_end.remove()
+            self._region_end = None
+        layers = self.learner.updated_layers
+        if layers and self._overlap:
+            self._region_end = layers[-1].module.register_forward_hook(lambda *_: self.start())
+
+    def arm(self) -> None:
+        self._armed = self._pending_steps + 1 == self._every
+
+    def start(self) -> None:
+        if self._armed:
+            self._armed = False
+            self._in_flight = self._exchange()
+
+    def finish_step(self) -> None:
+        self._pending_steps += 1
+        if self._pending_steps == self._every:
+            self._apply()
+
+    def synchronise(self) -> None:
+        if self._pending_steps:
+            self._armed = True
+            self.start()
+            self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pending_steps": self._pending_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._pending_steps = state["pending_steps"]
+
+    def _apply(self) -> None:
+        for work, flat, layers in self._in_flight:
+            work.wait()
+            sizes = [layer.weight.numel() for layer in layers]
+            for layer, delta in zip(layers, flat.split(sizes), strict=True):
+                self.learner.deltas[layer.index] = delta.view_as(layer.weight)
+        self._in_flight = []
+        self.learner.apply(self._pending_steps)
+        self._pending_steps = 0
+
+    def _flatten(self, layers: Sequence[Layer]) -> Tensor:
+        """This rank's gathered updates of ``layers`` as one buffer; a layer that gathered nothing counts as zero."""
+        deltas = self.learner.deltas
+        parts = [deltas.get(layer.index, torch.zeros_like(layer.weight)).reshape(-1) for layer in layers]
+        return torch.cat([part.float() for part in parts])
+
+    @abstractmethod
+    def _exchange(self) -> list[tuple[dist.Work, Tensor, Sequence[Layer]]]:
+        """Starts the collectives; each gives a buffer of whole updates of some layers."""
+
+
+class ShardedReplicas(_ExchangedReplicas):
+    """Each localized layer is owned by one rank, which alone computes its update and broadcasts it.
+
+    Replicas stay bit-equal, and the cost of localized updates falls by the number of ranks. One broadcast per owner.
+    """
+
+    def refresh(self) -> None:
+        super().refresh()
+        layers = self.learner.updated_layers
+        self._owned = assign_owners(layers, dist.get_world_size(self._group))
+        self.learner.gather_only(layer.index for layer in self._owned[dist.get_rank(self._group)])
+
+    def _exchange(self) -> list[tuple[dist.Work, Tensor, Sequence[Layer]]]:
+        rank = dist.get_rank(self._group)
+        in_flight: list[tuple[dist.Work, Tensor, Sequence[Layer]]] = []
+        for owner, layers in enumerate(self._owned):
+            if not layers:
+                continue
+            if owner == rank:
+                flat = self._flatten(layers)
+            else:
+                size = sum(layer.weight.numel() for layer in layers)
+                flat = torch.empty(size, device=layers[0].weight.device)
+            work = dist.broadcast(flat, group=self._group, group_src=owner, async_op=True)
+            assert work is not None
+            self._traffic.add_replicas(flat.numel() * flat.element_size())
+            in_flight.append((work, flat, layers))
+        return in_flight
+
+
+class AllReducedReplicas(_ExchangedReplicas):
+    """Updates are summed over ranks before they are normalised: the rule on the whole global batch, each step."""
+
+    def _exchange(self) -> list[tuple[dist.Work, Tensor, Sequence[Layer]]]:
+        layers = self.learner.updated_layers
+        if not layers:
+            return []
+        flat = self._flatten(layers)
+        work = dist.all_reduce(flat, group=self._group, async_op=True)
+        assert work is not None
+        self._traffic.add_replicas(flat.numel() * flat.element_size())
+        return [(work, flat, layers)]
+
+
+class AveragedReplicas(Replicas):
+    """Each rank applies its own updates; weights are averaged every ``every`` steps. Least traffic, replicas drift."""
+
+    def __init__(self, learner: LocalizedLearner, group: dist.ProcessGroup, traffic: Traffic, *, every: int):
+        super().__init__(learner)
+        self._group = group
+        self._traffic = traffic
+        self._every = every
+        self._steps_since_average = 0
+
+    def finish_step(self) -> None:
+        super().finish_step()
+        self._steps_since_average += 1
+        if self._steps_since_average == self._every:
+            self.synchronise()
+
+    @torch.no_grad()
+    def synchronise(self) -> None:
+        weights = [layer.weight for layer in self.learner.updated_layers]
+        if self._steps_since_average and weights:
+            flat = torch.cat([weight.detach().reshape(-1) for weight in weights])
+            dist.all_reduce(flat, group=self._group)
+            self._traffic.add_replicas(flat.numel() * flat.element_size())
+            flat /= dist.get_world_size(self._group)
+            # In place: the weights keep their storage and memory format.
+            for weight, mean in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+                weight.copy_(mean.view_as(weight))
+        self._steps_since_average = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps_since_average": self._steps_since_average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps_since_average = state["steps_since_average"]
+
+
+def assign_owners(layers: Sequence[Layer], world_size: int) -> list[list[Layer]]:
+    """Layers by owning rank, in execution order each: largest multiply-adds first, each to the least loaded rank."""
+    load = [0] * world_size
+    owned: list[list[Layer]] = [[] for _ in range(world_size)]
+    for layer in sorted(layers, key=lambda layer: -layer.macs):
+        owner = min(range(world_size), key=lambda rank: load[rank])
+        load[owner] += max(1, layer.macs)
+        owned[owner].append(layer)
+    return [sorted(mine, key=lambda layer: layer.index) for mine in owned]

@@ -1,0 +1,133 @@
+"""The process's place among the ranks: device, process groups, and numbers on which all ranks agree.
+
+Two groups: one *data group* for gradients and replicas on the device's backend, one *control group* (gloo, host memory)
+for the few numbers decisions are taken from, so that a decision never waits for the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How ranks talk to each other."""
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Backend of the data group: auto takes nccl on CUDA and gloo on CPU."""
+    timeout_minutes: float = 10.0
+    """A collective that waits longer than this fails; > 0."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """bf16 sends gradients in half the bytes."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout_minutes > 0:
+            raise ValueError(f"distributed.timeout_minutes must be > 0, got {self.timeout_minutes}")
+
+
+def environment_rank() -> int:
+    """This process's rank as torchrun tells it; 0 outside torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this process for ``train.device``: auto takes this rank's GPU where there is one.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there, or fewer GPUs than ranks on this machine.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("train.device=cuda needs a CUDA GPU and driver, none was found; use train.device=cpu or auto")
+    gpus = torch.cuda.device_count()
+    if local_world_size > gpus:
+        raise ValueError(
+            f"train.device=cuda: {local_world_size} ranks on a machine with {gpus} GPUs; start at most {gpus} ranks here "
+            "(--nproc-per-node), or use train.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+class Runtime:
+    """Rank, world size, device and groups of this process. Without torchrun it is a world of one, with no group at all."""
+
+    def __init__(self, device: torch.device, config: DistributedConfig | None = None):
+        config = config or DistributedConfig()
+        self.device = device
+        self.rank = environment_rank()
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.data_group: dist.ProcessGroup | None = None
+        self.control_group: dist.ProcessGroup | None = None
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if self.world_size > 1:
+            backend = config.backend
+            if backend == "auto":
+                backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend,
+                timeout=timedelta(minutes=config.timeout_minutes),
+                device_id=device if backend == "nccl" else None,
+            )
+            self.data_group = dist.group.WORLD
+            control_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.timeout_minutes))
+            assert isinstance(control_group, dist.ProcessGroup)
+            self.control_group = control_group
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums of ``values`` over all ranks, in float64, alike on every rank."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """Element-wise maximum over all ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def share(self, values: Sequence[float]) -> list[float]:
+        """Rank 0's ``values`` (as many on every rank), in float64: for numbers that need not be bit-equal but decide."""
+        if self.control_group is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(tensor, src=0, group=self.control_group)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's ``value`` (any picklable object) in rank order on rank 0, None elsewhere."""
+        if self.control_group is None:
+            return [value]
+        gathered: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, gathered, dst=0, group=self.control_group)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.control_group is not None:
+            dist.barrier(group=self.control_group)
+
+    def close(self) -> None:
+        if self.control_group is not None:
+            self.data_group = self.control_group = None
+            dist.destroy_process_group()
+
+    def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.control_group is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=op, group=self.control_group)
+        return tensor.tolist()

@@ -1,0 +1,228 @@
+"""The localized region: a growing prefix of layers that learns in the forward pass.
+
+Anybody's training loop can use it:
+
+    learner = LocalizedLearner(model, example_input, rule="hebbian")
+    for epoch in range(epochs):
+        for x, y in loader:
+            loss_function(model(x), y).backward()
+            optimizer.step(); optimizer.zero_grad()
+            learner.apply()
+        released = learner.advance(boundary)   # then drop `released` from the optimizer and re-wrap DDP
+
+Layers are numbered in execution order, so switching ``requires_grad`` off for the prefix is enough for autograd to stop
+at the boundary and to keep none of the prefix's activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locsgd_dist.localized.layers import Layer, trace_layers
+from locsgd_dist.localized.rules import LocalizedRule, make_rule
+
+
+@dataclass(frozen=True)
+class LocalizedConfig:
+    """How the localized region learns."""
+
+    rule: str = "hebbian"
+    """Localized rule: hebbian (the paper's), frozen, random, anti_hebbian, a registered one, or none for plain SGD."""
+    lr: float = 0.01
+    """Length of a localized step (eta of eq. 4) at the first epoch; > 0."""
+    lr_decay: float = 0.5
+    """Factor on localized.lr every localized.lr_decay_epochs epochs; in (0, 1]. The paper: 0.5 (CIFAR), 0.1 (ImageNet)."""
+    lr_decay_epochs: int = 30
+    """Epochs between two decays of localized.lr; >= 1."""
+    weak_supervision: bool = True
+    """Reverse the direction of localized updates in the epoch after one whose training loss rose (algorithm 2)."""
+    batch_fraction: float = 1.0
+    """Share of the batch from which localized updates are computed; in (0, 1]. 1 is the paper's."""
+
+    def __post_init__(self) -> None:
+        if not self.rule:
+            raise ValueError("localized.rule must be the name of a rule, or none for plain SGD; got an empty one")
+        if not self.lr > 0:
+            raise ValueError(f"localized.lr must be > 0, got {self.lr}")
+        if not 0 < self.lr_decay <= 1:
+            raise ValueError(f"localized.lr_decay must lie in (0, 1], got {self.lr_decay}")
+        if self.lr_decay_epochs < 1:
+            raise ValueError(f"localized.lr_decay_epochs must be >= 1, got {self.lr_decay_epochs}")
+        if not 0 < self.batch_fraction <= 1:
+            raise ValueError(f"localized.batch_fraction must lie in (0, 1], got {self.batch_fraction}")
+
+    def lr_at(self, epoch: int) -> float:
+        """Length of a localized step in ``epoch`` (from 0)."""
+        return self.lr * self.lr_decay ** (epoch // self.lr_decay_epochs)
+
+
+class LocalizedLearner:
+    """Gathers localized updates in the forward pass of layers ``l < boundary`` and applies them in one fused step.
+
+    Args:
+        model: the network; hooks are added to layers as the boundary passes them, its ``state_dict`` keeps its keys.
+        example_input: a batch that ``model`` runs on (see :func:`trace_layers`).
+        rule: a rule's registered name, or a rule.
+        lr: length of a step (eta of eq. 4).
+        batch_fraction: share of the batch from which updates are computed.
+        seed: of rules that draw random numbers.
+
+    Attributes:
+        layers: the network's layers in execution order.
+        boundary: T; layers ``l < T`` are the localized region. It never falls.
+        lr, sign: the step is ``sign * lr``; set them at any time.
+        num_steps: localized updates applied so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor | tuple[Any, ...],
+        rule: str | LocalizedRule = "hebbian",
+        *,
+        lr: float = 0.01,
+        batch_fraction: float = 1.0,
+        seed: int = 0,
+    ):
+        self.layers = trace_layers(model, example_input)
+        self.rule = make_rule(rule, seed) if isinstance(rule, str) else rule
+        self.lr = lr
+        self.sign = 1.0
+        self.batch_fraction = batch_fraction
+        self.boundary = 0
+        self.num_steps = 0
+        self._deltas: dict[int, Tensor] = {}
+        self._gathered: frozenset[int] | None = None
+        self._paused = False
+
+    @property
+    def updated_layers(self) -> list[Layer]:
+        """The localized layers that the rule updates, in execution order."""
+        if not self.rule.updates:
+            return []
+        return [layer for layer in self.layers[: self.boundary] if layer.updatable]
+
+    def advance(self, boundary: int) -> list[nn.Parameter]:
+        """Moves the boundary forward: layers below it stop receiving gradients and begin to learn locally.
+
+        Updates gathered so far are dropped; apply them first.
+
+        Returns:
+            The parameters that left the SGD region, for the caller to drop from the optimizer; a wrapped model must be
+            wrapped anew.
+
+        Raises:
+            ValueError: ``boundary`` lies behind the present one or beyond the last layer.
+        """
+        if not self.boundary <= boundary <= len(self.layers):
+            raise ValueError(
+                f"the boundary never falls: it must lie in [{self.boundary}, {len(self.layers)}], got {boundary}"
+            )
+        self._deltas.clear()
+        released = list(self.layers.parameters(self.boundary, boundary).values())
+        for parameter in released:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        if self.rule.updates:
+            for layer in self.layers[self.boundary : boundary]:
+                if layer.updatable:
+                    layer.module.register_forward_hook(_GatherHook(self, layer))
+        self.boundary = boundary
+        return released
+
+    def gather_only(self, indices: Iterable[int] | None) -> None:
+        """Computes updates of these layers only (None: of all): what a rank owns when ranks share the work."""
+        self._gathered = None if indices is None else frozenset(indices)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No update is gathered inside: a trial step leaves no trace."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @property
+    def deltas(self) -> dict[int, Tensor]:
+        """Updates gathered since the last :meth:`apply`, by layer: float32, summed over batches, not yet normalised."""
+        return self._deltas
+
+    @torch.no_grad()
+    def apply(self, num_steps: int = 1) -> None:
+        """Applies what has been gathered and forgets it: ``W <- W + sign * lr * dW / ||dW||``.
+
+        Several forward passes before one call (gradient accumulation) add up like gradients do.
+
+        Args:
+            num_steps: training steps over which the updates were gathered; the step is that many times as long, so
+                that a region updated every n-th step moves as far as one updated each step.
+        """
+        if self._deltas:
+            indices = sorted(self._deltas)
+            weights: list[Tensor] = [self.layers[index].weight for index in indices]
+            self.rule.step(weights, [self._deltas[i] for i in indices], self.sign * self.lr * num_steps)
+        self._deltas.clear()
+        self.num_steps += num_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "boundary": self.boundary,
+            "lr": self.lr,
+            "sign": self.sign,
+            "num_steps": self.num_steps,
+            "deltas": dict(self._deltas),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> list[nn.Parameter]:
+        """Restores a learner; returns the parameters that left the SGD region, as :meth:`advance` does."""
+        released = self.advance(state["boundary"])
+        self.lr, self.sign, self.num_steps = state["lr"], state["sign"], state["num_steps"]
+        self._deltas = {i: d.to(self.layers[i].weight.device) for i, d in state["deltas"].items()}
+        return released
+
+    def _gather(self, layer: Layer, a: Tensor, z: Tensor) -> None:
+        if self._paused or (self._gathered is not None and layer.index not in self._gathered):
+            return
+        if a.requires_grad or z.requires_grad:
+            raise RuntimeError(
+                f"localized layer {layer.name!r} is part of the autograd graph: the input of the network, or a parameter "
+                f"before layer {layer.index}, requires a gradient"
+            )
+        if self.batch_fraction < 1:
+            samples = max(1, round(a.shape[0] * self.batch_fraction))
+            a, z = a[:samples], z[:samples]
+        # Autocast would cast the GEMM's operands again; they are in the dtype the layer computed in already.
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            delta = self.rule.delta(layer, a.to(z.dtype), z, self.num_steps)
+            if layer.index in self._deltas:
+                self._deltas[layer.index].add_(delta)
+            else:
+                self._deltas[layer.index] = delta
+
+
+class _GatherHook:
+    """Forward hook of one layer. Updates are computed here, since an in-place activation overwrites ``z`` right after."""
+
+    def __init__(self, learner: LocalizedLearner, layer: Layer):
+        self._learner = learner
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if module.training:
+            self._learner._gather(self._layer, args[0], output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _GatherHook:
+        # A copy of the network (an averaged model, an export) must not learn, nor drag the learner along.
+        return _GatherHook(_Detached(), self._layer)  # type: ignore[arg-type]
+
+
+class _Detached:
+    def _gather(self, layer: Layer, a: Tensor, z: Tensor) -> None:
+        """A copied network gathers nothing."""

@@ -1,0 +1,174 @@
+"""Localized rules: what stands in the place of the error at a layer's output, and how long a step is.
+
+A rule turns what a forward pass of one layer has at hand (its input ``a`` and pre-activation output ``z``) into a
+weight update. Rules are kept in a registry; ``register_rule`` adds one of your own:
+
+    @register_rule("centred")
+    class Centred(LocalizedRule):
+        def signal(self, layer, z):
+            return z - z.mean(dim=0)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from locsgd_dist.localized.layers import Layer
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class LocalizedRule:
+    """The paper's form of a rule: ``W <- W + step * dW / ||dW||`` with ``dW = sum_z signal(z) (x) patch(a)`` (eqs. 3, 4).
+
+    Subclasses override :meth:`signal` (another error in the same GEMM), :meth:`delta` (another update altogether) or
+    :meth:`step` (another length of the step).
+    """
+
+    #: False: the localized region is left as it is; no hook runs.
+    updates: bool = True
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def signal(self, layer: Layer, z: Tensor) -> Tensor:
+        """What stands in the place of the loss's gradient with respect to ``z``; same shape as ``z``."""
+        return z
+
+    def delta(self, layer: Layer, a: Tensor, z: Tensor, step: int) -> Tensor:
+        """Weight update of one layer for one batch, summed over samples and positions.
+
+        Args:
+            layer: the layer; its weight must not require a gradient.
+            a: the layer's input, in the dtype of ``z``.
+            z: its output before any non-linearity.
+            step: number of updates applied so far (for rules that draw random numbers).
+
+        Returns:
+            A tensor of the weight's shape in float32.
+        """
+        return weight_gradient(layer.module, a, self.signal(layer, z))
+
+    def step(self, weights: list[Tensor], deltas: list[Tensor], size: float) -> None:
+        """Moves every weight by ``size`` (a signed length) along its normalised update, in place (eq. 4).
+
+        The norms stay on the device: nothing waits for them. A zero update leaves its layer where it is.
+        """
+        norms = torch._foreach_norm(deltas)
+        torch._foreach_clamp_min_(norms, _TINY)
+        torch._foreach_add_(weights, torch._foreach_div(deltas, norms), alpha=size)
+
+
+_RULES: dict[str, type[LocalizedRule]] = {}
+
+
+def register_rule(name: str) -> Callable[[type[LocalizedRule]], type[LocalizedRule]]:
+    """Class decorator that makes a rule available as ``localized.rule=NAME``."""
+
+    def register(rule: type[LocalizedRule]) -> type[LocalizedRule]:
+        if _RULES.setdefault(name, rule) is not rule:
+            raise ValueError(f"a localized rule named {name!r} is registered already")
+        return rule
+
+    return register
+
+
+def rule_names() -> list[str]:
+    return sorted(_RULES)
+
+
+def make_rule(name: str, seed: int = 0) -> LocalizedRule:
+    """The registered rule of that name.
+
+    Raises:
+        ValueError: no such rule; the message lists those there are.
+    """
+    if name not in _RULES:
+        close = difflib.get_close_matches(name, _RULES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"localized.rule must be one of {', '.join(['none', *rule_names()])}, got {name!r}{hint}")
+    return _RULES[name](seed)
+
+
+@register_rule("hebbian")
+class Hebbian(LocalizedRule):
+    """The paper's rule (eqs. 3 and 4): the pre-activation output takes the place of the error."""
+
+
+@register_rule("anti_hebbian")
+class AntiHebbian(LocalizedRule):
+    """A control: the same length in the opposite direction."""
+
+    def step(self, weights: list[Tensor], deltas: list[Tensor], size: float) -> None:
+        super().step(weights, deltas, -size)
+
+
+@register_rule("random")
+class RandomDirection(LocalizedRule):
+    """A control: the same length in a direction drawn anew each step from (seed, layer, step), alike on all ranks."""
+
+    def delta(self, layer: Layer, a: Tensor, z: Tensor, step: int) -> Tensor:
+        weight = layer.weight
+        generator = torch.Generator(device=weight.device)
+        generator.manual_seed(hash((self.seed, layer.index, step)) & 0x7FFF_FFFF_FFFF_FFFF)
+        return torch.randn(weight.shape, generator=generator, device=weight.device)
+
+
+@register_rule("frozen")
+class Frozen(LocalizedRule):
+    """No update at all: what the rule is to be better than."""
+
+    updates = False
+
+
+def weight_gradient(module: nn.Module, a: Tensor, error: Tensor) -> Tensor:
+    """The gradient of a convolution's or linear map's weight if ``error`` were the loss's gradient at its output.
+
+    One GEMM (eq. 3 with ``error = z``). Dense, strided, dilated, padded, grouped and depthwise convolutions in one to
+    three dimensions, batched or not, and linear maps on inputs of any number of dimensions.
+
+    Args:
+        module: a convolution (1d-3d) or linear module.
+        a: its input; the dtype of ``error``.
+        error: tensor of its output's shape.
+
+    Returns:
+        A float32 tensor of the weight's shape, in the weight's memory format where the backend gives it.
+    """
+    if isinstance(module, nn.Linear):
+        return (error.flatten(0, -2).T @ a.flatten(0, -2)).float() if a.dim() > 1 else torch.outer(error, a).float()
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)), type(module)
+    spatial = module.weight.dim() - 2
+    if a.dim() == spatial + 1:
+        a, error = a.unsqueeze(0), error.unsqueeze(0)
+    padding: Sequence[int] = [0] * spatial
+    if module.padding_mode != "zeros":
+        a = F.pad(a, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+    elif module.padding == "same":
+        a = F.pad(a, module._reversed_padding_repeated_twice)
+    elif module.padding != "valid":
+        padding = module.padding  # type: ignore[assignment]
+    # Half precision overflows when thousands of positions are summed. A power of two keeps every bit of the mantissa.
+    scale = 1.0
+    if error.dtype == torch.float16:
+        scale = 2.0 ** (error.numel() // error.shape[1]).bit_length()
+        error = error / scale
+    gradient = torch.ops.aten.convolution_backward(
+        error,
+        a,
+        module.weight.to(error.dtype),
+        None,
+        module.stride,
+        padding,
+        module.dilation,
+        False,
+        [0] * spatial,
+        module.groups,
+        [False, True, False],
+    )[1]
+    return gradient.float() * scale if scale != 1.0 else gradient.float()

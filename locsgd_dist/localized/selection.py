@@ -1,0 +1,226 @@
+"""Learning mode selection: where the boundary stands in each epoch.
+
+Every strategy answers one question, ``boundary(epoch)``, and may look at what the epochs before did to the weights.
+None of them ever moves the boundary back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """When layers go over from SGD to localized learning."""
+
+    kind: Literal["dynamic", "static", "fixed", "replay"] = "dynamic"
+    """dynamic (algorithm 1), static (quadratic in the epoch), fixed (one boundary) or replay (a recorded trace)."""
+    alpha: float = 0.95
+    """dynamic: shift when the transition layer's update norm is at most alpha times its recent mean; > 0."""
+    lmax: float = 0.75
+    """Largest share of the layers that may learn locally; in [0, 1]."""
+    tshift: Literal["block"] | int = "block"
+    """Layers per shift: block (one recurring block of the network) or a whole number >= 1."""
+    window: Literal["printed", "mean"] = "mean"
+    """dynamic: printed (the paper's K+1 terms over a divisor K) or mean (of the last max(2, K) epochs)."""
+    c1: float | None = None
+    """static: boundary at the last epoch, in layers (default lmax * L)."""
+    c2: float | None = None
+    """static: curvature, in layers per squared epoch (default c1 / epochs^2, so that the boundary starts at 0)."""
+    boundary: int = 0
+    """fixed: the boundary, in layers; >= 0."""
+    start_epoch: int = 0
+    """fixed: first epoch (from 0) with that boundary; >= 0."""
+    trace: str | None = None
+    """replay: a run directory, its metrics.jsonl, or a JSON list of one boundary per epoch."""
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0:
+            raise ValueError(f"selection.alpha must be > 0, got {self.alpha}")
+        if not 0 <= self.lmax <= 1:
+            raise ValueError(f"selection.lmax must lie in [0, 1], got {self.lmax}")
+        if self.tshift != "block" and self.tshift < 1:
+            raise ValueError(f"selection.tshift must be block or a whole number >= 1, got {self.tshift!r}")
+        for key in ("c1", "c2"):
+            value = getattr(self, key)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"selection.{key} must be >= 0, got {value}")
+        for key in ("boundary", "start_epoch"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"selection.{key} must be >= 0, got {getattr(self, key)}")
+        if self.kind == "replay" and self.trace is None:
+            raise ValueError("selection.trace must name a run directory or a boundary trace when selection.kind=replay")
+
+
+class Selector(Protocol):
+    """Places the boundary. ``boundary`` is the one in force."""
+
+    boundary: int
+
+    def observe(self, epoch: int, update_norms: Sequence[float]) -> int:
+        """Takes what ``epoch`` (from 0) did and returns the boundary of the next one.
+
+        Args:
+            epoch: the epoch that ended.
+            update_norms: L2 norm of every layer's weight change over that epoch, in execution order.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def make_selector(config: SelectionConfig, *, num_layers: int, block_size: int, epochs: int) -> Selector:
+    """The selector that ``config`` describes, for a network of ``num_layers`` trained for ``epochs``.
+
+    Raises:
+        ValueError: ``selection.boundary`` or a replayed boundary lies beyond the network, or the trace is unreadable.
+    """
+    limit = largest_boundary(config.lmax, num_layers)
+    match config.kind:
+        case "dynamic":
+            shift = block_size if config.tshift == "block" else config.tshift
+            interval = shift_interval(epochs, config.lmax, num_layers, shift)
+            return DynamicSelector(shift, limit, interval, alpha=config.alpha, window=config.window)
+        case "static":
+            c1 = config.lmax * num_layers if config.c1 is None else config.c1
+            c2 = c1 / epochs**2 if config.c2 is None else config.c2
+            return ScheduledSelector([static_boundary(e, epochs, c1, c2, limit) for e in range(epochs)])
+        case "fixed":
+            if config.boundary > num_layers:
+                raise ValueError(
+                    f"selection.boundary must be at most {num_layers}, the network's layers, got {config.boundary}"
+                )
+            return ScheduledSelector([config.boundary if e >= config.start_epoch else 0 for e in range(epochs)])
+        case "replay":
+            assert config.trace is not None
+            trace = load_boundary_trace(Path(config.trace))
+            if max(trace) > num_layers:
+                raise ValueError(
+                    f"selection.trace holds the boundary {max(trace)}, but the network has {num_layers} layers"
+                )
+            return ScheduledSelector(trace)
+
+
+def largest_boundary(lmax: float, num_layers: int) -> int:
+    """Largest boundary that ``lmax`` allows: the floor of ``lmax * L``, immune to the product's rounding."""
+    return math.floor(lmax * num_layers + 1e-9)
+
+
+def shift_interval(epochs: int, lmax: float, num_layers: int, shift: int) -> int:
+    """K, the least number of epochs between two shifts: ``floor(E_max / (L_max * L / t_shift))``, at least 1."""
+    reach = lmax * num_layers
+    return max(1, math.floor(epochs * shift / reach + 1e-9)) if reach > 0 else max(1, epochs)
+
+
+def static_boundary(epoch: int, epochs: int, c1: float, c2: float, limit: int) -> int:
+    """Boundary in ``epoch`` (from 0) under the quadratic schedule of appendix 6.5: ``max(0, c1 - c2 (E - E_max)^2)``.
+
+    The paper counts epochs from 1, so that the last one has ``E = E_max`` and the boundary c1.
+    """
+    return min(limit, max(0, math.floor(c1 - c2 * (epoch + 1 - epochs) ** 2 + 1e-9)))
+
+
+def load_boundary_trace(path: Path) -> list[int]:
+    """One boundary per epoch from a run directory, its metrics.jsonl or a JSON list.
+
+    Raises:
+        ValueError: the file is missing, empty, not readable as a trace, or its boundary falls.
+    """
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    try:
+        text = path.read_text()
+        if path.suffix == ".jsonl":
+            trace = [json.loads(line)["boundary"] for line in text.splitlines() if line.strip()]
+        else:
+            trace = json.loads(text)
+    except OSError as error:
+        raise ValueError(f"selection.trace cannot be read: {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"selection.trace must be a run's metrics.jsonl or a JSON list of boundaries: {path}"
+        ) from None
+    if not isinstance(trace, list) or not trace or not all(type(t) is int and t >= 0 for t in trace):
+        raise ValueError(f"selection.trace must hold one boundary >= 0 per epoch: {path}")
+    if any(b < a for a, b in zip(trace, trace[1:], strict=False)):
+        raise ValueError(f"selection.trace holds a boundary that falls, which no run can follow: {path}")
+    return trace
+
+
+class DynamicSelector:
+    """Algorithm 1: shift once the transition layer's update norm no longer stands above its recent mean.
+
+    Args:
+        shift: layers per shift (t_shift).
+        limit: largest boundary (L_max * L).
+        interval: K, the least number of epochs between two shifts.
+        alpha: of the criterion ``u <= alpha * mean``.
+        window: ``printed`` sums the last K+1 epochs and divides by K; ``mean`` is the mean of the last max(2, K).
+    """
+
+    def __init__(self, shift: int, limit: int, interval: int, *, alpha: float, window: str):
+        self.boundary = 0
+        self._shift = shift
+        self._limit = limit
+        self._interval = interval
+        self._alpha = alpha
+        self._printed = window == "printed"
+        self._epochs_since_shift = 0
+        self._history: list[list[float]] = []
+
+    def observe(self, epoch: int, update_norms: Sequence[float]) -> int:
+        self._epochs_since_shift += 1
+        length = self._interval + 1 if self._printed else max(2, self._interval)
+        self._history = [*self._history, list(update_norms)][-length:]
+        if self._fires():
+            self.boundary = min(self.boundary + self._shift, self._limit)
+            self._epochs_since_shift = 0
+        return self.boundary
+
+    def _fires(self) -> bool:
+        if self.boundary >= self._limit or self._epochs_since_shift < self._interval:
+            return False
+        # Every SGD layer's norm is recorded, so that the window speaks of one layer also right after a shift.
+        window = [norms[self.boundary] for norms in self._history]
+        if len(window) < 2:
+            return False
+        mean = sum(window) / (self._interval if self._printed else len(window))
+        return window[-1] <= self._alpha * mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "boundary": self.boundary,
+            "epochs_since_shift": self._epochs_since_shift,
+            "history": [list(norms) for norms in self._history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.boundary = state["boundary"]
+        self._epochs_since_shift = state["epochs_since_shift"]
+        self._history = [list(norms) for norms in state["history"]]
+
+
+class ScheduledSelector:
+    """A boundary known in advance for each epoch: static, fixed and replayed. The last one holds for later epochs."""
+
+    def __init__(self, schedule: Sequence[int]):
+        self._schedule = list(schedule)
+        self.boundary = self._schedule[0] if self._schedule else 0
+
+    def observe(self, epoch: int, update_norms: Sequence[float]) -> int:
+        if self._schedule:
+            self.boundary = max(self.boundary, self._schedule[min(epoch + 1, len(self._schedule) - 1)])
+        return self.boundary
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"boundary": self.boundary}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.boundary = state["boundary"]

@@ -1,0 +1,171 @@
+"""The optimizer of the SGD region, its learning-rate schedule, and the averaged model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the SGD region learns."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer of the SGD region."""
+    lr: float = 0.05
+    """Learning rate at the configured global batch; > 0."""
+    momentum: float = 0.9
+    """Momentum of sgd, and the first beta of adamw; in [0, 1)."""
+    nesterov: bool = False
+    """Nesterov momentum (sgd)."""
+    weight_decay: float = 5e-4
+    """Weight decay (L2 for sgd, decoupled for adamw); >= 0."""
+    decay_norm_and_bias: bool = True
+    """Apply weight decay to normalisations and biases as well."""
+    schedule: Literal["constant", "cosine", "linear", "step"] = "cosine"
+    """Course of the learning rate over the run: cosine and linear fall to optim.final_lr_fraction."""
+    step_epochs: int = 30
+    """step: epochs between two decays; >= 1."""
+    step_gamma: float = 0.1
+    """step: factor of a decay; in (0, 1]."""
+    final_lr_fraction: float = 0.0
+    """cosine, linear: learning rate at the end of the run, as a fraction of optim.lr; in [0, 1]."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises linearly from 0; >= 0."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy; in [0, 1)."""
+    ema_decay: float = 0.0
+    """Decay per step of an exponential moving average of the weights, evaluated beside them; 0 = none; in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"optim.lr must be > 0, got {self.lr}")
+        for key in ("momentum", "label_smoothing", "ema_decay"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"optim.{key} must lie in [0, 1), got {getattr(self, key)}")
+        for key in ("weight_decay", "warmup_epochs"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"optim.{key} must be >= 0, got {getattr(self, key)}")
+        if self.step_epochs < 1:
+            raise ValueError(f"optim.step_epochs must be >= 1, got {self.step_epochs}")
+        if not 0 < self.step_gamma <= 1:
+            raise ValueError(f"optim.step_gamma must lie in (0, 1], got {self.step_gamma}")
+        if not 0 <= self.final_lr_fraction <= 1:
+            raise ValueError(f"optim.final_lr_fraction must lie in [0, 1], got {self.final_lr_fraction}")
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError("optim.nesterov=true needs optim.name=sgd and optim.momentum > 0")
+
+
+def lr_at(config: OptimConfig, epoch: float, epochs: int) -> float:
+    """Learning rate after ``epoch`` epochs (a fraction of one counts) of a run of ``epochs``.
+
+    Progress is measured in epochs, not steps: a batch size that changes leaves the schedule where it is.
+    """
+    match config.schedule:
+        case "constant":
+            factor = 1.0
+        case "step":
+            factor = config.step_gamma ** (math.floor(epoch + 1e-9) // config.step_epochs)
+        case "cosine" | "linear":
+            span = epochs - config.warmup_epochs
+            done = min(1.0, max(0.0, (epoch - config.warmup_epochs) / span)) if span > 0 else 1.0
+            left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+            factor = config.final_lr_fraction + (1 - config.final_lr_fraction) * left
+    if epoch < config.warmup_epochs:
+        factor *= epoch / config.warmup_epochs
+    return config.lr * factor
+
+
+class RegionOptimizer:
+    """The optimizer of a network whose parameters leave it one prefix after another.
+
+    Momentum of a parameter that left would keep memory, and weight decay would still move it: both go. State is saved
+    by parameter name, so that a checkpoint loads whatever the boundary was.
+
+    Args:
+        model: the network; parameters that require a gradient now are optimized.
+        config: the ``optim`` section.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig):
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        norm_and_bias = set() if config.decay_norm_and_bias else {p for p in trainable if p.dim() <= 1}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trainable if p not in norm_and_bias], "weight_decay": config.weight_decay},
+            {"params": [p for p in trainable if p in norm_and_bias], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if not groups:
+            raise ValueError("the network has no parameter that requires a gradient: nothing is left to train")
+        if config.name == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), foreach=True)
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def release(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Forgets parameters that left the SGD region, and their state."""
+        leaving = set(parameters)
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p not in leaving]
+        for parameter in leaving:
+            self.optimizer.state.pop(parameter, None)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """One update of the SGD region; with a scaler, none if a gradient overflowed."""
+        if not self.parameters:
+            return
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Optimizer state by parameter name; rates and decays come from the configuration and the schedule."""
+        return {self._names[p]: dict(state) for p, state in self.optimizer.state.items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Restores state by name, for the parameters that are still optimized."""
+        self.optimizer.state.clear()
+        for parameter in self.parameters:
+            saved = state.get(self._names[parameter])
+            if saved is not None:
+                self.optimizer.state[parameter] = {key: self._placed(value, parameter) for key, value in saved.items()}
+
+    @staticmethod
+    def _placed(value: Any, parameter: nn.Parameter) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape != parameter.shape:
+            return value.clone()
+        return torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
+def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of ``model``'s weights and buffers; updated by ``update_parameters`` after each step."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -1,0 +1,90 @@
+"""report.html: one self-contained file, and its figures as PNGs in plots/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from locsgd_dist.recording.directory import RunDirectory, write_atomically
+from locsgd_dist.reporting import figures, layer_figures, style, summary
+from locsgd_dist.reporting.figures import FigureSpec
+from locsgd_dist.reporting.run_data import RunData
+
+FIGURES = (
+    FigureSpec("footprint", "Footprint and batch", figures.draw_footprint),
+    FigureSpec("boundary", "Boundary", figures.draw_boundary),
+    FigureSpec("traffic", "Bytes exchanged", figures.draw_traffic),
+    FigureSpec("memory-trace", "Memory over wall time", figures.draw_memory_trace),
+    FigureSpec("accuracy", "Accuracy", figures.draw_accuracy),
+    FigureSpec("loss", "Loss", figures.draw_loss),
+    FigureSpec("throughput", "Throughput", figures.draw_throughput),
+    FigureSpec("learning-rate", "Learning rates", figures.draw_learning_rates),
+    FigureSpec("update-norm", "Update norm at the boundary", figures.draw_update_norm),
+    FigureSpec("layer-norm", "Norm per layer", layer_figures.draw_norm),
+    FigureSpec("layer-rank", "Effective rank per layer", layer_figures.draw_effective_rank),
+    FigureSpec("layer-drift", "Drift per layer", layer_figures.draw_drift),
+)
+"""In the order of the page: memory, batch and traffic first, for they are what the method is about."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A figure as the template takes it."""
+
+    key: str
+    title: str
+    caption: str
+    svg: str
+
+
+def write_report(run_dir: Path, *, plots: bool = True) -> Path:
+    """Writes `report.html` into the run directory and returns its path.
+
+    What the run did not record is left out and named at the page's end. `plots=False` leaves the PNGs in `plots/` as
+    they are, which halves the time. Raises FileNotFoundError if `run_dir` is no directory.
+    """
+    run = RunData.load(Path(run_dir))
+    directory = RunDirectory(run_dir)
+    cards, missing = [], []
+    with style.house_style():
+        for spec in FIGURES:
+            drawing = spec.draw(run)
+            if drawing is None:
+                missing.append(spec.title)
+                continue
+            figure, caption = drawing
+            cards.append(Card(spec.key, spec.title, caption, style.to_svg(figure, spec.key, f"{spec.title}. {caption}")))
+            if plots:
+                directory.plots.mkdir(exist_ok=True)
+                style.to_png(figure, directory.plots / f"{spec.key}.png", f"{spec.title} · {run.name}")
+    write_atomically(directory.report, render(run, cards, missing))
+    return directory.report
+
+
+def render(run: RunData, cards: list[Card], missing: list[str]) -> str:
+    """The page. Text of the run is escaped; only the figures' SVG stands as it is."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("locsgd_dist.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(
+        run=run,
+        cards=cards,
+        missing=missing,
+        palette=style.PALETTE,
+        progress=summary.progress(run),
+        tiles=summary.headline(run),
+        settings=summary.summary(run),
+        tables={
+            "Events": summary.event_table(run),
+            "Epochs": summary.epoch_table(run),
+            "Layers": summary.layer_table(run),
+        },
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    )

@@ -1,0 +1,160 @@
+"""One training step, and one pass over a set for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from locsgd_dist.data import Batch
+from locsgd_dist.distributed import RegionDDP, Replicas
+from locsgd_dist.optimization import RegionOptimizer
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, where and in which arithmetic the network is trained."""
+
+    epochs: int = 24
+    """Epochs of the run; >= 1."""
+    seed: int = 0
+    """Seed of initial weights, sample order, augmentation and drawn rules; >= 0."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes this rank's GPU where there is one, else the CPU."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast precision of forward passes; fp16 scales the loss."""
+    channels_last: bool = False
+    """Keep images and convolution weights in channels-last memory format."""
+    compile: bool = False
+    """torch.compile the network; it is compiled anew at each shift."""
+    gradient_accumulation: int = 1
+    """Batches per optimizer step; >= 1. The global batch is world size * batch.per_gpu * this."""
+    deterministic: bool = False
+    """Deterministic kernels and reduction order: same seed, ranks and batches give the same bits, at some speed."""
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "gradient_accumulation"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"train.{key} must be >= 1, got {getattr(self, key)}")
+        if self.seed < 0:
+            raise ValueError(f"train.seed must be >= 0, got {self.seed}")
+
+
+class Tally:
+    """Sums of loss and correct answers on the device: adding waits for nothing, :meth:`sums` does."""
+
+    def __init__(self, device: torch.device):
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, loss_sum: Tensor, logits: Tensor, targets: Tensor) -> None:
+        classes = targets if targets.dim() == 1 else targets.argmax(dim=1)
+        correct = (logits.argmax(dim=1) == classes).sum()
+        count = torch.full_like(correct, len(targets))
+        self._sums += torch.stack([loss_sum.detach().double(), correct.double(), count.double()])
+
+    def sums(self) -> list[float]:
+        """Loss, correct answers and samples, summed over what this rank has seen."""
+        return self._sums.tolist()
+
+
+class TrainStep:
+    """Forward, loss, backward through the SGD region, one optimizer step, localized updates.
+
+    Args:
+        config: the ``train`` section.
+        region: the network under data parallelism.
+        replicas: of the localized region.
+        optimizer: of the SGD region.
+        world_size: number of ranks.
+        label_smoothing: of the cross-entropy.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        region: RegionDDP,
+        replicas: Replicas,
+        optimizer: RegionOptimizer,
+        *,
+        world_size: int,
+        device: torch.device,
+        label_smoothing: float = 0.0,
+    ):
+        self._region = region
+        self._replicas = replicas
+        self._optimizer = optimizer
+        self._world_size = world_size
+        self._label_smoothing = label_smoothing
+        self._autocast = autocast(config, device)
+        self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
+
+    def __call__(self, batches: Sequence[Batch], tally: Tally) -> None:
+        """Takes one optimizer step on ``batches`` (its micro-batches on this rank; see ``gradient_accumulation``)."""
+        samples = sum(batch.global_size for batch in batches)
+        for batch in batches[:-1]:
+            with self._region.no_sync():
+                self._forward_backward(batch, samples, tally)
+        self._replicas.arm()
+        self._forward_backward(batches[-1], samples, tally)
+        self._optimizer.step(self.scaler)
+        self._optimizer.zero_grad()
+        self._replicas.finish_step()
+
+    def _forward_backward(self, batch: Batch, samples: int, tally: Tally) -> None:
+        with self._autocast, _as_filler(self._region.module, batch):
+            logits = self._region(batch.images)
+            loss_sum = F.cross_entropy(
+                logits.float(), batch.targets, reduction="sum", label_smoothing=self._label_smoothing
+            )
+        self._replicas.start()
+        if batch.local_size:
+            tally.add(loss_sum, logits, batch.targets)
+        # DDP averages over ranks, whose shares of the last batch of an epoch differ: weigh each sample by 1/samples.
+        loss = loss_sum * (self._world_size / samples if batch.local_size else 0.0)
+        if loss.requires_grad:
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+
+class _as_filler:  # noqa: N801 (reads as a function at its call)
+    """A rank without samples still joins every collective: one filler sample, in evaluation mode so that neither
+    running statistics nor localized updates see it."""
+
+    def __init__(self, model: nn.Module, batch: Batch):
+        self._model = model
+        self._is_filler = batch.local_size == 0
+
+    def __enter__(self) -> None:
+        if self._is_filler:
+            self._model.eval()
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._is_filler:
+            self._model.train()
+
+
+def autocast(config: TrainConfig, device: torch.device) -> Any:
+    """Autocast to ``train.precision``; nothing for fp32. Reusable, not re-entrant."""
+    if config.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if config.precision == "bf16" else torch.float16)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Batch], config: TrainConfig, device: torch.device) -> list[float]:
+    """Cross-entropy, correct answers and samples, summed over this rank's share of a set."""
+    training = model.training
+    model.eval()
+    tally = Tally(device)
+    try:
+        for batch in batches:
+            with autocast(config, device):
+                logits = model(batch.images)
+            tally.add(F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits, batch.targets)
+    finally:
+        model.train(training)
+    return tally.sums()

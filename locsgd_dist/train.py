@@ -1,0 +1,32 @@
+"""``python -m locsgd_dist.train``: reads the configuration and trains. Under torchrun, one process per rank."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from locsgd_dist.config import check_config, config_error_exit, parse_config
+from locsgd_dist.distributed import environment_rank
+from locsgd_dist.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        config = parse_config(sys.argv[1:] if argv is None else argv)
+        check_config(config)
+        # What only the built network can tell (a boundary beyond its layers, weights that do not fit) is still an
+        # error of the configuration: nothing has been trained yet.
+        trainer = Trainer(config)
+    except ValueError as error:
+        log.debug("configuration refused", exc_info=True)
+        return config_error_exit(error, is_main=environment_rank() == 0)
+    with trainer:
+        trainer.fit()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
