@@ -16,7 +16,7 @@ from locsgd_dist.recording import RunDirectory
 
 log = logging.getLogger(__name__)
 
-#: Keys that may differ between the start of a run and its continuation: they say where and how it runs, not what it computes.
+#: Keys that may differ between the start of a run and its continuation: where and how it runs, not what it computes.
 _MAY_DIFFER = re.compile(
     r"(run|distributed|monitor|checkpoint)\..*|data\.(root|download|workers|in_memory|cache|val_batch)|train\.device"
 )

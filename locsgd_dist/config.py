@@ -129,7 +129,7 @@ def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Config:
 
 
 def _resolve_config_files(argv: Sequence[str]) -> list[str]:
-    """Replaces names of packaged configurations by their files; without any ``--config`` the default one comes first."""
+    """Replaces names of packaged configurations by their files; without ``--config`` the default one comes first."""
     resolved: list[str] = []
     expects_file = False
     found = False
@@ -151,9 +151,8 @@ def _config_file(name: str) -> str:
     packaged = PACKAGED_CONFIGS / f"{stem}.yaml"
     if packaged.is_file():
         return str(packaged)
-    raise ConfigError(
-        f"config must be a YAML file or one of {', '.join(packaged_configs())}, got {name!r}{_hint(stem, packaged_configs())}"
-    )
+    known = packaged_configs()
+    raise ConfigError(f"config must be a YAML file or one of {', '.join(known)}, got {name!r}{_hint(stem, known)}")
 
 
 def _known_keys() -> dict[str, str]:

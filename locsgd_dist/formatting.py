@@ -9,7 +9,7 @@ from typing import Any
 MISSING = "–"
 """Stands where nothing was recorded."""
 
-_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _EVENT_HEADER = ("type", "epoch", "samples_seen", "time")
 
 
@@ -23,10 +23,10 @@ def format_bytes(num_bytes: float | None) -> str:
     if num_bytes is None or not math.isfinite(num_bytes):
         return MISSING
     value, unit = float(num_bytes), 0
-    while abs(value) >= 1023.5 and unit < len(_BYTE_UNITS) - 1:
+    while abs(value) >= 1023.5 and unit < len(BYTE_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     digits = 0 if unit == 0 or abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
-    return f"{value:.{digits}f} {_BYTE_UNITS[unit]}"
+    return f"{value:.{digits}f} {BYTE_UNITS[unit]}"
 
 
 def format_count(value: float | None) -> str:

@@ -147,7 +147,8 @@ class RegionOptimizer:
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Optimizer state by parameter name; rates and decays come from the configuration and the schedule."""
-        return {self._names[p]: dict(state) for p, state in self.optimizer.state.items()}
+        state = self.optimizer.state
+        return {self._names[p]: dict(state[p]) for p in self.parameters if p in state}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Restores state by name, for the parameters that are still optimized."""
@@ -167,5 +168,5 @@ class RegionOptimizer:
 
 
 def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of ``model``'s weights and buffers; updated by ``update_parameters`` after each step."""
+    """Exponential moving average of ``model``'s weights and buffers; ``update_parameters`` moves it."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

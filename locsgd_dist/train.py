@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return config_error_exit(error, is_main=environment_rank() == 0)
     with trainer:
         trainer.fit()
+    if environment_rank() == 0:
+        print(f"run: {trainer.directory.path}  report: {trainer.directory.report}")
     return 0
 
 

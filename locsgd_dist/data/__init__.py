@@ -1,4 +1,4 @@
-"""Images for training and evaluation: data sets, exact sampling over ranks, augmentation, streams of batches."""
+"""Images for training and evaluation: data sets, exact sampling over ranks, augmentation, batches."""
 
 from locsgd_dist.data.augment import Normalization
 from locsgd_dist.data.bundle import DataBundle, build_data

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Augmentation = Literal[
-    "auto", "none", "crop_flip", "crop_flip_cutout", "imagenet_paper", "imagenet_torchvision"
-]
+Augmentation = Literal["auto", "none", "crop_flip", "crop_flip_cutout", "imagenet_paper", "imagenet_torchvision"]
 
 
 @dataclass(frozen=True)
@@ -80,15 +78,11 @@ class DataConfig:
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"data.{key} must be 0 (off) or positive and finite, got {value}")
         if self.workers < -1:
-            raise ValueError(
-                f"data.workers must be -1 (sized to the machine) or at least 0, got {self.workers}"
-            )
+            raise ValueError(f"data.workers must be -1 (sized to the machine) or at least 0, got {self.workers}")
         if self.augmentation.startswith("imagenet_") and self.in_memory == "yes":
             raise ValueError(
                 f"data.in_memory=yes needs data.augmentation auto, none, crop_flip or crop_flip_cutout; "
                 f"{self.augmentation} crops from the undecoded original, got both"
             )
         if self.kwargs and ":" not in self.name:
-            raise ValueError(
-                f"data.kwargs is for data.name=package.module:factory only, got data.name={self.name}"
-            )
+            raise ValueError(f"data.kwargs is for data.name=package.module:factory only, got data.name={self.name}")

@@ -1,7 +1,7 @@
-"""Randomness as a function: SplitMix64, for integers and for tensors of sample indices.
+"""Randomness as a function: SplitMix64 over integers and over tensors of sample indices.
 
-A random number that is a function of (seed, epoch, sample index) needs no state to restore after a resume, and
-does not depend on which rank, which worker or which batch a sample falls to.
+A random number that is a function of (seed, epoch, sample index) has no state to restore after a resume, and
+does not depend on the rank, the worker or the batch that a sample falls to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def hash64(*values: int) -> int:
-    """63 well-mixed bits of a sequence of integers, in [0, 2**63): the range that torch's generators accept."""
+    """Hash a sequence of integers to [0, 2**63), all of which torch's generators take as a seed."""
     return _chain(values) >> 1
 
 
@@ -26,10 +26,10 @@ def hash_indices(indices: Tensor, *key: int) -> Tensor:
         key: integers such as (seed, epoch, stream).
 
     Returns:
-        int64 of the same shape and device: output number `index` of a SplitMix64 generator seeded with the key.
-        All 64 bits are random, so values may be negative.
+        int64, same shape and device: output number `index` of a SplitMix64 generator seeded with the key. All
+        64 bits are random, so values may be negative.
     """
-    # int64 products and sums wrap around in torch, as unsigned ones do; only the shifts need care.
+    # torch's int64 products and sums wrap around as unsigned ones do; only the shifts need care.
     state = (indices + 1) * _signed(_GAMMA) + _signed(_chain(key))
     state = (state ^ _shift_right(state, 30)) * _signed(_MULTIPLIERS[0])
     state = (state ^ _shift_right(state, 27)) * _signed(_MULTIPLIERS[1])
@@ -37,12 +37,12 @@ def hash_indices(indices: Tensor, *key: int) -> Tensor:
 
 
 def uniform_int(bits: Tensor, field: int, high: int) -> Tensor:
-    """Integers in [0, high) from one of three disjoint 20-bit fields (0, 1, 2) of hashed values; `high` ≤ 2**20."""
+    """Integers in [0, high) from one of a hash's three disjoint 20-bit fields (0, 1, 2); high <= 2**20."""
     return (_shift_right(bits, 4 + 20 * field) & 0xFFFFF) * high >> 20
 
 
 def coin(bits: Tensor) -> Tensor:
-    """A fair coin per hashed value (bool), from bits that `uniform_int` leaves alone."""
+    """A fair coin per hash (bool), from a bit that `uniform_int` leaves alone."""
     return bits & 1 == 1
 
 
@@ -64,8 +64,5 @@ def _signed(value: int) -> int:
 
 
 def _shift_right(values: Tensor, places: int) -> Tensor:
-    """Logical shift; torch's is arithmetic on int64."""
+    """Logical shift; torch's own is arithmetic on int64."""
     return values >> places & ((1 << (64 - places)) - 1)
-
-
-__all__ = ["coin", "hash64", "hash_indices", "uniform_int"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +54,15 @@ class FileItems:
 
     def __init__(self, root: Path, names: Sequence[str], targets: Sequence[int]) -> None:
         self.root = root
-        self.names = np.array([name.encode() for name in names])
+        self.names = np.array([os.fsencode(name) for name in names])
         self.targets = np.array(targets, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def path(self, index: int) -> Path:
-        return self.root / self.names[index].decode()
-
     def __getitem__(self, index: int) -> tuple[Picture, int]:
-        path = self.path(index)
+        """The image in RGB. Raises OSError naming a file that cannot be decoded."""
+        path = self.root / os.fsdecode(self.names[index])
         try:
             with Image.open(path) as image:
                 return image.convert("RGB"), int(self.targets[index])
@@ -83,28 +82,34 @@ class DatasetItems:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[Picture, int]:
-        image, target = self.dataset[index]
-        return image, int(target)
+        """The sample as the data set gives it. Raises ValueError where that is no picture."""
+        picture, target = self.dataset[index]
+        if isinstance(picture, Image.Image):
+            return picture if picture.mode in ("L", "RGB") else picture.convert("RGB"), int(target)
+        if not isinstance(picture, Tensor) or picture.ndim != 3 or picture.shape[0] not in (1, 3):
+            got = f"shape {list(picture.shape)}" if isinstance(picture, Tensor) else type(picture).__name__
+            raise ValueError(f"data.name: a factory's images must be PIL images or tensors [1 or 3, H, W], got {got}")
+        if picture.dtype != torch.uint8 and not picture.is_floating_point():
+            raise ValueError(f"data.name: a factory's image tensors must be uint8 or float, got {picture.dtype}")
+        return picture, int(target)
 
 
 def fit(picture: Picture, size: int) -> Tensor:
-    """Bring a picture to [C, size, size]: shorter side resized (bilinear, antialiased), then the centre cropped.
+    """Bring a picture to [C, size, size]: resize its shorter side (bilinear, antialiased), take the centre.
 
     Raises:
-        ValueError: a float picture of another size (it is taken as it comes), or one that is not an image.
+        ValueError: for a float picture of another size, since those are taken as they come.
     """
-    if isinstance(picture, Tensor) and picture.ndim != 3:
-        raise ValueError(f"data.name: a factory's images must be [C, H, W], got shape {list(picture.shape)}")
     if isinstance(picture, Tensor) and picture.is_floating_point():
         if picture.shape[1:] != (size, size):
             raise ValueError(
-                f"data.image_size is {size}, but the factory's float images, which are taken as they come, "
-                f"have shape {list(picture.shape)}"
+                f"data.image_size={size} needs float images of that size, which are taken as they come, "
+                f"got shape {list(picture.shape)}"
             )
         return picture.float()
     if functional.get_size(picture) != [size, size]:
         picture = functional.center_crop(functional.resize(picture, [size], antialias=True), [size, size])
-    return functional.pil_to_tensor(picture) if isinstance(picture, Image.Image) else picture
+    return picture if isinstance(picture, Tensor) else functional.pil_to_tensor(picture)
 
 
 class Fit(v2.Transform):
@@ -112,7 +117,7 @@ class Fit(v2.Transform):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.size = size
+        self._size = size
 
     def forward(self, picture: Picture) -> Tensor:
-        return fit(picture, self.size)
+        return fit(picture, self._size)

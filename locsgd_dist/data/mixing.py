@@ -14,9 +14,7 @@ _MIX_STREAM = 4
 class Mixer:
     """Mixes the samples of a batch; the draw is a function of (seed, epoch, cursor, rank)."""
 
-    def __init__(
-        self, mixup_alpha: float, cutmix_alpha: float, *, num_classes: int, seed: int, rank: int
-    ) -> None:
+    def __init__(self, mixup_alpha: float, cutmix_alpha: float, *, num_classes: int, seed: int, rank: int) -> None:
         transforms: list[v2.Transform] = []
         if mixup_alpha > 0:
             transforms.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))

@@ -1,4 +1,4 @@
-"""What the training loop iterates: batches on the device, of one rank's samples."""
+"""What the training loop iterates: batches of one rank's samples, on the device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from locsgd_dist.data.augment import BatchTransform
-from locsgd_dist.data.in_memory import RawBatch
-from locsgd_dist.data.sampler import EpochSampler, StepPlan
-
-Mix = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
-"""(images, targets, epoch, cursor) -> mixed images and [b, num_classes] targets."""
+from locsgd_dist.data.sampler import EpochSampler, Step, StepPlan
 
 
 @dataclass(frozen=True)
@@ -31,26 +27,46 @@ class Batch:
     """Samples of this step over all ranks, so that a loss can be weighted exactly."""
 
     local_size: int
-    """Samples of this rank that count: b, or 0 where fewer samples than ranks were left. Then `images` holds one
-    sample of another rank, only so that this rank can take part in the step's collectives."""
+    """Samples of this rank that count: b, or 0 where fewer samples than ranks were left. Then `images` holds
+    one sample of another rank, only so that this rank can take part in the step's collectives."""
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """One rank's share of a step as it is stored, on the device."""
+
+    step: Step
+
+    indices: Tensor
+    """int64 [b]."""
+
+    images: Tensor
+    """[b, H, W, C], C = 1 or 3; uint8, or float that is already normalised."""
+
+    targets: Tensor
+    """int64 [b]."""
 
 
 class Fetcher(Protocol):
     """Brings the samples of a plan to the device."""
 
     def start(self, plan: StepPlan) -> Iterator[RawBatch]:
-        """Begin a plan; an iterator from an earlier plan must not be used after it."""
+        """Begin a plan. Iterators of earlier plans must not be used any more."""
 
     def close(self) -> None:
-        """Stop workers."""
+        """Stop workers, if any, once the last iterator is gone."""
+
+
+Mix = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+"""(images, classes, epoch, cursor) to mixed images and float32 targets [b, num_classes]."""
 
 
 class TrainStream:
-    """An endless supply of epochs, each a permutation of the training set, at a batch size that may change.
+    """The training set in epochs, each a permutation of it, at a batch size that may change at any step.
 
     Iterating goes on from the cursor to the end of the epoch. A batch counts as consumed from the moment it is
-    handed out: after k batches, `cursor` and `state_dict()` stand behind the k-th, however many more are being
-    prefetched. Every sample is handed out once an epoch, on one rank, whatever the batch and world sizes were.
+    handed out: after k batches `cursor` and `state_dict()` stand behind the k-th, however many more have been
+    prefetched. In an epoch each sample is handed out once, on one rank, whatever batch and world sizes were.
     """
 
     def __init__(
@@ -73,6 +89,7 @@ class TrainStream:
 
     @property
     def per_gpu_batch(self) -> int:
+        """Samples per rank and step from the next batch on."""
         return self._sampler.per_gpu
 
     def set_epoch(self, epoch: int) -> None:
@@ -80,7 +97,7 @@ class TrainStream:
         self._seek(epoch, 0)
 
     def set_per_gpu_batch(self, per_gpu: int) -> None:
-        """Change the batch size from the next batch on, also in mid-epoch; what was prefetched is discarded."""
+        """Change the batch size from the next batch on, in mid-epoch too; what was prefetched is discarded."""
         if per_gpu != self._sampler.per_gpu:
             self._sampler.per_gpu = per_gpu
             self._fetched = None
@@ -90,22 +107,24 @@ class TrainStream:
         return len(self._sampler.remaining())
 
     def __iter__(self) -> Iterator[Batch]:
-        while self._sampler.cursor < self._sampler.num_samples:
+        sampler = self._sampler
+        while sampler.cursor < sampler.num_samples:
             if self._fetched is None:
-                self._fetched = self._fetcher.start(self._sampler.remaining())
+                self._fetched = self._fetcher.start(sampler.remaining())
             raw = next(self._fetched)
-            images = self._transform(raw.images, raw.indices, self._sampler.epoch)
+            images = self._transform(raw.images, raw.indices, sampler.epoch)
             targets = raw.targets
             if self._mix is not None:
-                images, targets = self._mix(images, targets, self._sampler.epoch, raw.step.cursor)
-            self._sampler.cursor = raw.step.cursor + raw.step.global_size
+                images, targets = self._mix(images, targets, sampler.epoch, raw.step.cursor)
+            sampler.cursor = raw.step.cursor + raw.step.global_size
             yield Batch(images, targets, raw.step.global_size, raw.step.local_size)
 
     def state_dict(self) -> dict[str, int]:
+        """The position, which holds for any batch size and number of ranks."""
         return {"epoch": self._sampler.epoch, "cursor": self._sampler.cursor}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises ValueError where the state is of a larger training set."""
+        """Go to a position. Raises ValueError where this training set is too small for it."""
         self._seek(state["epoch"], state["cursor"])
 
     def _seek(self, epoch: int, cursor: int) -> None:
@@ -113,12 +132,13 @@ class TrainStream:
         self._fetched = None
 
     def close(self) -> None:
+        """Stop the workers; the stream cannot be iterated any more if it had some."""
         self._fetched = None
         self._fetcher.close()
 
 
 class EvalStream:
-    """The validation set, each sample once on one rank: nothing is padded, so a rank may get nothing."""
+    """The validation set, each sample once, on one rank: nothing is padded, so a rank may get nothing."""
 
     def __init__(
         self,
@@ -128,24 +148,25 @@ class EvalStream:
         *,
         rank: int,
         world_size: int,
-        batch: int,
+        per_gpu: int,
     ) -> None:
-        self._plan = StepPlan(torch.arange(num_samples), rank, world_size, batch)
-        self._num_batches = -(-len(range(rank, num_samples, world_size)) // batch)
+        self._plan = StepPlan(torch.arange(num_samples), rank, world_size, per_gpu)
+        self._num_batches = -(-len(range(rank, num_samples, world_size)) // per_gpu)
         self._fetcher = fetcher
         self._transform = transform
 
     def __len__(self) -> int:
-        """Batches of this rank; other ranks may have one less or more."""
+        """Batches of this rank; another rank may have one less or more."""
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         fetched = self._fetcher.start(self._plan)
-        # Only the last step can be without a sample for this rank: its stand-in stays unread.
+        # Only the last step can hold nothing for this rank; its stand-in is left unread.
         for _ in range(self._num_batches):
             raw = next(fetched)
-            images = self._transform(raw.images, raw.indices, 0)
+            images = self._transform(raw.images, raw.indices, epoch=0)
             yield Batch(images, raw.targets, raw.step.global_size, raw.step.local_size)
 
     def close(self) -> None:
+        """Stop the workers; the stream cannot be iterated any more if it had some."""
         self._fetcher.close()

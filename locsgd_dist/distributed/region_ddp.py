@@ -28,7 +28,7 @@ class RegionDDP:
         process_group: the data group, or None for a world of one.
         traffic: counts each all-reduce's payload.
         compression: ``bf16`` sends gradients as bfloat16.
-        deterministic: keeps the bucket layout of the first step. DDP rebuilds its buckets after the first backward pass,
+        deterministic: keeps the bucket layout of the first step. DDP rebuilds its buckets after the first backward,
             which from 3 ranks on changes the order of summation, so that a resumed run would differ in the last bit.
     """
 
@@ -48,6 +48,10 @@ class RegionDDP:
         self._deterministic = deterministic
         self._ddp: DistributedDataParallel | None = None
         self._wrap(init_sync=True)
+        if process_group is not None and self._ddp is None:
+            # DDP refuses a network without a trainable parameter; its replicas start equal all the same.
+            state = [*(p.detach() for p in model.parameters()), *model.buffers()]
+            dist._broadcast_coalesced(process_group, state, 1 << 28, 0)
 
     def __call__(self, *args: Any) -> Any:
         return self.module(*args) if self._ddp is None else self._ddp(*args)
@@ -90,12 +94,22 @@ class RegionDDP:
             # On, DDP never rebuilds its buckets; on a network that uses all its parameters that is its only effect.
             find_unused_parameters=self._deterministic,
         )
-        hook: Callable[[Any, dist.GradBucket], Any] = self._all_reduce
+        hook = _counted_all_reduce(self.traffic)
         if self._compression == "bf16":
             hook = default_hooks.bf16_compress_wrapper(hook)
         self._ddp.register_comm_hook(self._group, hook)
 
-    def _all_reduce(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+
+def _counted_all_reduce(traffic: Traffic) -> Callable[[Any, dist.GradBucket], torch.futures.Future[Tensor]]:
+    """DDP's own all-reduce, its payload added to ``traffic``.
+
+    A function and not a method: DDP's reducer, which garbage collection cannot look into, holds it, and through a
+    method would keep the network alive for as long as the process lives.
+    """
+
+    def all_reduce(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
-        self.traffic.add_gradients(buffer.numel() * buffer.element_size())
+        traffic.add_gradients(buffer.numel() * buffer.element_size())
         return default_hooks.allreduce_hook(group, bucket)
+
+    return all_reduce

@@ -146,8 +146,6 @@ class _ExchangedReplicas(Replicas):
 
     def synchronise(self) -> None:
         if self._pending_steps:
-            self._armed = True
-            self.start()
             self._apply()
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,7 +155,9 @@ class _ExchangedReplicas(Replicas):
         self._pending_steps = state["pending_steps"]
 
     def _apply(self) -> None:
-        for work, flat, layers in self._in_flight:
+        # What no forward pass has started (a window cut short, a step that was not armed) starts here.
+        self._armed = False
+        for work, flat, layers in self._in_flight or self._exchange():
             work.wait()
             sizes = [layer.weight.numel() for layer in layers]
             for layer, delta in zip(layers, flat.split(sizes), strict=True):
@@ -169,8 +169,11 @@ class _ExchangedReplicas(Replicas):
     def _flatten(self, layers: Sequence[Layer]) -> Tensor:
         """This rank's gathered updates of ``layers`` as one buffer; a layer that gathered nothing counts as zero."""
         deltas = self.learner.deltas
-        parts = [deltas.get(layer.index, torch.zeros_like(layer.weight)).reshape(-1) for layer in layers]
-        return torch.cat([part.float() for part in parts])
+        parts = [
+            deltas[layer.index] if layer.index in deltas else torch.zeros_like(layer.weight, dtype=torch.float32)
+            for layer in layers
+        ]
+        return torch.cat([part.reshape(-1).float() for part in parts])
 
     @abstractmethod
     def _exchange(self) -> list[tuple[dist.Work, Tensor, Sequence[Layer]]]:
@@ -199,7 +202,7 @@ class ShardedReplicas(_ExchangedReplicas):
                 flat = self._flatten(layers)
             else:
                 size = sum(layer.weight.numel() for layer in layers)
-                flat = torch.empty(size, device=layers[0].weight.device)
+                flat = torch.empty(size, dtype=torch.float32, device=layers[0].weight.device)
             work = dist.broadcast(flat, group=self._group, group_src=owner, async_op=True)
             assert work is not None
             self._traffic.add_replicas(flat.numel() * flat.element_size())

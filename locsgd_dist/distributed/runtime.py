@@ -54,14 +54,14 @@ def resolve_device(name: str) -> torch.device:
     gpus = torch.cuda.device_count()
     if local_world_size > gpus:
         raise ValueError(
-            f"train.device=cuda: {local_world_size} ranks on a machine with {gpus} GPUs; start at most {gpus} ranks here "
+            f"train.device=cuda: {local_world_size} ranks on a machine with {gpus} GPUs; start at most {gpus} ranks "
             "(--nproc-per-node), or use train.device=cpu"
         )
     return torch.device("cuda", local_rank)
 
 
 class Runtime:
-    """Rank, world size, device and groups of this process. Without torchrun it is a world of one, with no group at all."""
+    """Rank, world size, device and groups of this process. Without torchrun: a world of one, no group at all."""
 
     def __init__(self, device: torch.device, config: DistributedConfig | None = None):
         config = config or DistributedConfig()
@@ -101,7 +101,7 @@ class Runtime:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def share(self, values: Sequence[float]) -> list[float]:
-        """Rank 0's ``values`` (as many on every rank), in float64: for numbers that need not be bit-equal but decide."""
+        """Rank 0's ``values`` (as many on every rank), in float64: for numbers that decide and may differ in a bit."""
         if self.control_group is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)

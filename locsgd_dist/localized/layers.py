@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 #: Modules that count as one layer but whose weight gradient with respect to a pre-activation output is not a single
 #: GEMM of what their forward hook sees: a localized rule leaves them as they are (they are frozen).
 _OPAQUE_LAYERS = (
@@ -29,7 +29,7 @@ _OPAQUE_LAYERS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-_LAYER_TYPES = (*_CONVOLUTIONS, nn.Linear, *_OPAQUE_LAYERS)
+_LAYER_TYPES = (*_PLAIN_LAYERS, *_OPAQUE_LAYERS)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -54,14 +54,24 @@ class Layer:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The tensor that diagnostics and localized rules speak of: the weight, or the first parameter there is."""
+        """The tensor that diagnostics and localized rules speak of: the weight, or the layer's largest parameter."""
         weight = self.module._parameters.get("weight")
-        return self.parameters[0][1] if weight is None else weight
+        return max(self.module.parameters(), key=lambda parameter: parameter.numel()) if weight is None else weight
 
     @property
     def updatable(self) -> bool:
-        """Whether a localized rule can update it: a convolution or linear map whose weight is a plain parameter."""
-        return not isinstance(self.module, _OPAQUE_LAYERS) and "weight" in self.module._parameters
+        """Whether a localized rule can update it: a convolution or linear map whose weight is a plain parameter.
+
+        A subclass with a forward of its own (one that pads or standardises by itself) has another ``z`` and stays as
+        it is.
+        """
+        kind = type(self.module)
+        is_plain = any(
+            kind.forward is plain.forward
+            and getattr(kind, "_conv_forward", None) is getattr(plain, "_conv_forward", None)
+            for plain in _PLAIN_LAYERS
+        )
+        return is_plain and "weight" in self.module._parameters
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,7 @@ class _Trace:
         self.order: list[nn.Module] = []
         self.macs: dict[nn.Module, int] = {}
         self._runs: Counter[nn.Module] = Counter()
+        self._samples = 1
         self._last_layer_before: dict[nn.Parameter, int] = {}
         self._names = {module: name for name, module in model.named_modules()}
         inside_opaque = {
@@ -140,6 +151,7 @@ class _Trace:
 
     def run(self, example_input: Tensor | tuple[Any, ...]) -> None:
         args = example_input if isinstance(example_input, tuple) else (example_input,)
+        self._samples = next((a.shape[0] for a in tree_leaves(args) if isinstance(a, Tensor) and a.dim() > 0), 1)
         training = {module: module.training for module in self.model.modules()}
         handles = [m.register_forward_hook(self._ran) for m in self._layer_modules]
         self.model.eval()
@@ -159,10 +171,10 @@ class _Trace:
             return
         self.order.append(module)
         self.macs[module] = 0
-        if isinstance(module, (*_CONVOLUTIONS, nn.Linear)):
-            out_features = module.weight.shape[0]
-            positions = output.numel() // out_features // max(1, args[0].shape[0])
-            self.macs[module] = positions * module.weight.numel()
+        if isinstance(module, _PLAIN_LAYERS):
+            # Not divided by this layer's own first dimension: a network may fold windows or frames into the batch.
+            positions = output.numel() // module.weight.shape[0]
+            self.macs[module] = positions * module.weight.numel() // self._samples
 
     def _used(self, parameter: nn.Parameter) -> None:
         self._last_layer_before.setdefault(parameter, len(self.order) - 1)
@@ -173,8 +185,8 @@ class _Trace:
         for module, runs in self._runs.items():
             if runs > 1:
                 raise ValueError(
-                    f"layer {self._names[module]!r} runs {runs} times in one forward pass: a layer shared between places "
-                    "cannot be given to the localized region; give each place a module of its own"
+                    f"layer {self._names[module]!r} runs {runs} times in one forward pass: a layer shared between "
+                    "places cannot be given to the localized region; give each place a module of its own"
                 )
 
     def owned_layers(self) -> tuple[Layer, ...]:
@@ -185,8 +197,13 @@ class _Trace:
             for name, parameter in module.named_parameters(prefix=self._names[module]):
                 if owner.setdefault(parameter, module) is not module:
                     raise ValueError(
-                        f"layers {self._names[owner[parameter]]!r} and {self._names[module]!r} share the parameter {name!r}: "
-                        "tied weights have no single place in the execution order; untie them"
+                        f"layers {self._names[owner[parameter]]!r} and {self._names[module]!r} share the parameter "
+                        f"{name!r}: tied weights have no single place in the execution order; untie them"
+                    )
+                if self._last_layer_before.get(parameter, position[module]) < position[module] - 1:
+                    raise ValueError(
+                        f"parameter {name!r} is used before its layer {self._names[module]!r} runs: tied weights have "
+                        "no single place in the execution order; untie them"
                     )
                 owned[position[module]].append((name, parameter))
         orphans = []

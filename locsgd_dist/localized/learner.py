@@ -37,7 +37,7 @@ class LocalizedConfig:
     lr: float = 0.01
     """Length of a localized step (eta of eq. 4) at the first epoch; > 0."""
     lr_decay: float = 0.5
-    """Factor on localized.lr every localized.lr_decay_epochs epochs; in (0, 1]. The paper: 0.5 (CIFAR), 0.1 (ImageNet)."""
+    """Factor on localized.lr every localized.lr_decay_epochs epochs; in (0, 1]. Paper: 0.5 (CIFAR), 0.1 (ImageNet)."""
     lr_decay_epochs: int = 30
     """Epochs between two decays of localized.lr; >= 1."""
     weak_supervision: bool = True
@@ -97,6 +97,7 @@ class LocalizedLearner:
         self.batch_fraction = batch_fraction
         self.boundary = 0
         self.num_steps = 0
+        self._updated: list[Layer] = []
         self._deltas: dict[int, Tensor] = {}
         self._gathered: frozenset[int] | None = None
         self._paused = False
@@ -104,13 +105,12 @@ class LocalizedLearner:
     @property
     def updated_layers(self) -> list[Layer]:
         """The localized layers that the rule updates, in execution order."""
-        if not self.rule.updates:
-            return []
-        return [layer for layer in self.layers[: self.boundary] if layer.updatable]
+        return list(self._updated)
 
     def advance(self, boundary: int) -> list[nn.Parameter]:
         """Moves the boundary forward: layers below it stop receiving gradients and begin to learn locally.
 
+        A layer whose weight the caller had frozen (``requires_grad`` off) stays frozen.
         Updates gathered so far are dropped; apply them first.
 
         Returns:
@@ -125,14 +125,15 @@ class LocalizedLearner:
                 f"the boundary never falls: it must lie in [{self.boundary}, {len(self.layers)}], got {boundary}"
             )
         self._deltas.clear()
+        if self.rule.updates:
+            for layer in self.layers[self.boundary : boundary]:
+                if layer.updatable and layer.weight.requires_grad:
+                    layer.module.register_forward_hook(_GatherHook(self, layer), with_kwargs=True)
+                    self._updated.append(layer)
         released = list(self.layers.parameters(self.boundary, boundary).values())
         for parameter in released:
             parameter.requires_grad_(False)
             parameter.grad = None
-        if self.rule.updates:
-            for layer in self.layers[self.boundary : boundary]:
-                if layer.updatable:
-                    layer.module.register_forward_hook(_GatherHook(self, layer))
         self.boundary = boundary
         return released
 
@@ -192,8 +193,8 @@ class LocalizedLearner:
             return
         if a.requires_grad or z.requires_grad:
             raise RuntimeError(
-                f"localized layer {layer.name!r} is part of the autograd graph: the input of the network, or a parameter "
-                f"before layer {layer.index}, requires a gradient"
+                f"localized layer {layer.name!r} is part of the autograd graph: the input of the network, or a "
+                f"parameter before layer {layer.index}, requires a gradient"
             )
         if self.batch_fraction < 1:
             samples = max(1, round(a.shape[0] * self.batch_fraction))
@@ -208,15 +209,15 @@ class LocalizedLearner:
 
 
 class _GatherHook:
-    """Forward hook of one layer. Updates are computed here, since an in-place activation overwrites ``z`` right after."""
+    """Forward hook of one layer. Updates are computed here: an in-place activation overwrites ``z`` right after."""
 
     def __init__(self, learner: LocalizedLearner, layer: Layer):
         self._learner = learner
         self._layer = layer
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if module.training:
-            self._learner._gather(self._layer, args[0], output)
+            self._learner._gather(self._layer, args[0] if args else kwargs["input"], output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _GatherHook:
         # A copy of the network (an averaged model, an export) must not learn, nor drag the learner along.

@@ -24,7 +24,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class LocalizedRule:
-    """The paper's form of a rule: ``W <- W + step * dW / ||dW||`` with ``dW = sum_z signal(z) (x) patch(a)`` (eqs. 3, 4).
+    """The paper's form of a rule: ``W <- W + step * dW / ||dW||``, ``dW = sum_z signal(z) (x) patch(a)`` (eqs. 3, 4).
 
     Subclasses override :meth:`signal` (another error in the same GEMM), :meth:`delta` (another update altogether) or
     :meth:`step` (another length of the step).
@@ -112,6 +112,8 @@ class AntiHebbian(LocalizedRule):
 class RandomDirection(LocalizedRule):
     """A control: the same length in a direction drawn anew each step from (seed, layer, step), alike on all ranks."""
 
+    # A generator cannot be made inside a compiled graph, nor may each step number compile a graph of its own.
+    @torch.compiler.disable
     def delta(self, layer: Layer, a: Tensor, z: Tensor, step: int) -> Tensor:
         weight = layer.weight
         generator = torch.Generator(device=weight.device)
@@ -140,8 +142,18 @@ def weight_gradient(module: nn.Module, a: Tensor, error: Tensor) -> Tensor:
     Returns:
         A float32 tensor of the weight's shape, in the weight's memory format where the backend gives it.
     """
+    if error.dtype == torch.float16:
+        # Half precision overflows where thousands of positions are summed. Both operands take half of the scale, so
+        # that small values do not vanish instead; a power of two leaves the mantissa alone.
+        positions = error.numel() // module.get_parameter("weight").shape[0]
+        root = 2.0 ** -(-positions.bit_length() // 2)
+        return _weight_gradient(module, a / root, error / root).float() * root**2
+    return _weight_gradient(module, a, error).float()
+
+
+def _weight_gradient(module: nn.Module, a: Tensor, error: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
-        return (error.flatten(0, -2).T @ a.flatten(0, -2)).float() if a.dim() > 1 else torch.outer(error, a).float()
+        return error.flatten(0, -2).T @ a.flatten(0, -2) if a.dim() > 1 else torch.outer(error, a)
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)), type(module)
     spatial = module.weight.dim() - 2
     if a.dim() == spatial + 1:
@@ -153,12 +165,7 @@ def weight_gradient(module: nn.Module, a: Tensor, error: Tensor) -> Tensor:
         a = F.pad(a, module._reversed_padding_repeated_twice)
     elif module.padding != "valid":
         padding = module.padding  # type: ignore[assignment]
-    # Half precision overflows when thousands of positions are summed. A power of two keeps every bit of the mantissa.
-    scale = 1.0
-    if error.dtype == torch.float16:
-        scale = 2.0 ** (error.numel() // error.shape[1]).bit_length()
-        error = error / scale
-    gradient = torch.ops.aten.convolution_backward(
+    return torch.ops.aten.convolution_backward(
         error,
         a,
         module.weight.to(error.dtype),
@@ -171,4 +178,3 @@ def weight_gradient(module: nn.Module, a: Tensor, error: Tensor) -> Tensor:
         module.groups,
         [False, True, False],
     )[1]
-    return gradient.float() * scale if scale != 1.0 else gradient.float()

@@ -6,6 +6,7 @@ None of them ever moves the boundary back.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ class SelectionConfig:
     c1: float | None = None
     """static: boundary at the last epoch, in layers (default lmax * L)."""
     c2: float | None = None
-    """static: curvature, in layers per squared epoch (default c1 / epochs^2, so that the boundary starts at 0)."""
+    """static: curvature, in layers per squared epoch (default c1 / (epochs - 1)^2: the boundary starts at 0)."""
     boundary: int = 0
     """fixed: the boundary, in layers; >= 0."""
     start_epoch: int = 0
@@ -90,7 +91,7 @@ def make_selector(config: SelectionConfig, *, num_layers: int, block_size: int, 
             return DynamicSelector(shift, limit, interval, alpha=config.alpha, window=config.window)
         case "static":
             c1 = config.lmax * num_layers if config.c1 is None else config.c1
-            c2 = c1 / epochs**2 if config.c2 is None else config.c2
+            c2 = c1 / max(1, epochs - 1) ** 2 if config.c2 is None else config.c2
             return ScheduledSelector([static_boundary(e, epochs, c1, c2, limit) for e in range(epochs)])
         case "fixed":
             if config.boundary > num_layers:
@@ -149,7 +150,7 @@ def load_boundary_trace(path: Path) -> list[int]:
         ) from None
     if not isinstance(trace, list) or not trace or not all(type(t) is int and t >= 0 for t in trace):
         raise ValueError(f"selection.trace must hold one boundary >= 0 per epoch: {path}")
-    if any(b < a for a, b in zip(trace, trace[1:], strict=False)):
+    if any(b < a for a, b in itertools.pairwise(trace)):
         raise ValueError(f"selection.trace holds a boundary that falls, which no run can follow: {path}")
     return trace
 

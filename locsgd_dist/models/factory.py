@@ -95,18 +95,16 @@ def _source(config: ModelConfig) -> tuple[str, str]:
 def _find_builder(config: ModelConfig) -> Callable[..., nn.Module]:
     """The callable behind ``model.name``; it takes ``num_classes`` and ``model.kwargs``."""
     source, name = _source(config)
-    if config.width is not None and source != "cifar":
-        known = " and ".join(CIFAR_NETWORKS)
-        raise ValueError(f"model.width is a setting of {known} only, not of {config.name}: leave it out")
     if source in ("torchvision", "timm") and (own := {"weights", "pretrained"} & config.kwargs.keys()):
         raise ValueError(f"model.kwargs must not contain {own.pop()}: use model.weights")
     if source == "cifar":
         return partial(CIFAR_NETWORKS[name], width=config.width) if config.width else CIFAR_NETWORKS[name]
-    if source == "torchvision":
-        return _torchvision_builder(config, name)
-    if source == "timm":
-        return _timm_builder(config, name)
-    return _imported_builder(config)
+    builders = {"torchvision": _torchvision_builder, "timm": _timm_builder}
+    builder = builders[source](config, name) if source in builders else _imported_builder(config)
+    if config.width is not None:
+        known = " and ".join(CIFAR_NETWORKS)
+        raise ValueError(f"model.width must be null for {config.name}: it is a setting of {known} only")
+    return builder
 
 
 def _torchvision_builder(config: ModelConfig, name: str) -> Callable[..., nn.Module]:

@@ -39,8 +39,6 @@ class RunConfig:
 def check_run(config: RunConfig) -> None:
     """Checks that look at the machine. Raises ValueError naming the key and the remedy."""
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "run.tensorboard must be false without tensorboard: pip install 'locsgd-dist[tensorboard]'"
-        )
+        raise ValueError("run.tensorboard must be false without tensorboard: pip install 'locsgd-dist[tensorboard]'")
     if Path(config.dir).exists() and not Path(config.dir).is_dir():
         raise ValueError(f"run.dir must be a folder, but {config.dir} is a file")

@@ -41,12 +41,11 @@ def epoch_cells(metrics: Mapping[str, Any], num_epochs: int | None = None) -> li
         value = metrics.get(key)
         return MISSING if value is None else format(value, pattern)
 
-    of_epochs = f"/{num_epochs}" if num_epochs else ""
     batch = f"{metrics.get('world_size', MISSING)}×{metrics.get('per_gpu_batch', MISSING)}"
     exchanged = [metrics.get(key) for key in ("grad_all_reduce_bytes", "replica_sync_bytes")]
     counted = [value for value in exchanged if value is not None]
     return [
-        ("epoch", f"{metrics.get('epoch', MISSING)}{of_epochs}", 7),
+        ("epoch", _ordinal(metrics["epoch"], num_epochs), 7),
         ("boundary", f"{metrics.get('boundary', MISSING)}/{metrics.get('num_layers', MISSING)}", 8),
         ("batch", batch, 7),
         ("loss", number("train_loss", ".4f"), 7),
@@ -75,7 +74,8 @@ class PlainConsole(Sink):
 
     def step(self, *, epoch: int, fraction: float, loss: float | None, images_per_second: float) -> None:
         self._next_step = time.monotonic() + self.STEP_INTERVAL
-        self._print(f"epoch {epoch}  {_progress_text(fraction, loss, images_per_second)}")
+        done = _progress_text(fraction, loss, images_per_second)
+        self._print(f"epoch {_ordinal(epoch, self._num_epochs)}  {done}")
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
         self._next_step = time.monotonic() + self.STEP_INTERVAL
@@ -118,15 +118,14 @@ class RichConsole(Sink):
             self._progress = Progress(*columns, console=self._console, transient=True, refresh_per_second=4)
             self._task = self._progress.add_task("", total=1.0, state="")
             self._progress.start()
+        name = f"epoch {_ordinal(epoch, self._num_epochs)}"
         state = _progress_text(fraction, loss, images_per_second)
-        self._progress.update(self._task, completed=fraction, description=f"epoch {epoch}", state=state)
+        self._progress.update(self._task, completed=fraction, description=name, state=state)
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
         cells = epoch_cells(metrics, self._num_epochs)
         if not self._header_shown:
-            self._console.print(
-                self._row([(heading, heading, width) for heading, _, width in cells], style="bold")
-            )
+            self._console.print(self._row([(heading, heading, width) for heading, _, width in cells], style="bold"))
             self._header_shown = True
         self._console.print(self._row(cells))
 
@@ -148,6 +147,11 @@ class RichConsole(Sink):
                 break
             row.append(text.rjust(width) + "  ")
         return row
+
+
+def _ordinal(epoch: int, num_epochs: int | None) -> str:
+    """People count from one: epoch 0 of 12 is `1/12`."""
+    return f"{epoch + 1}/{num_epochs}" if num_epochs else str(epoch + 1)
 
 
 def _progress_text(fraction: float, loss: float | None, images_per_second: float) -> str:

@@ -48,7 +48,7 @@ class Recorder:
         return any(sink.step_due for sink in self._sinks)
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
-        """Records a completed epoch: `epoch` at least; values may be tensors, NaN is stored as null."""
+        """Records a completed epoch: `epoch` (from 0) at least; values may be tensors, NaN is stored as null."""
         if not self._sinks:
             return
         record = to_json_value(metrics)
@@ -83,9 +83,7 @@ class Recorder:
     def close(self) -> None:
         """Closes every sink, also when closing one of them fails."""
         with ExitStack() as stack:
-            for sink in reversed(
-                self._sinks
-            ):  # a stack unwinds backwards: files first, the report of them last
+            for sink in reversed(self._sinks):  # a stack unwinds backwards: files first, the report of them last
                 stack.callback(sink.close)
         self._sinks = ()
 

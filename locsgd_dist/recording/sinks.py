@@ -117,9 +117,7 @@ def tensorboard_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     names = metrics.get("layer_names") or []
     for key, value in metrics.items():
         if key.startswith("layer_") and key != "layer_names" and isinstance(value, list):
-            scalars.update(
-                {f"{key}/{name}": item for name, item in zip(names, value, strict=False) if is_number(item)}
-            )
+            scalars.update({f"{key}/{name}": item for name, item in zip(names, value, strict=False) if is_number(item)})
         elif is_number(value) and key != "epoch":
             group = next((pair for pair in _TENSORBOARD_GROUPS if key.startswith(pair[0])), ("", "run/"))
             scalars[group[1] + key.removeprefix(group[0])] = value
@@ -143,18 +141,18 @@ class ReportSink(Sink):
         # the other ranks wait meanwhile, so that short epochs must not spend their time on drawing
         affordable = self._cost <= self.MAX_SHARE * (time.monotonic() - self._written)
         if self._every and self._epochs % self._every == 0 and affordable:
-            self._write()
+            self._write(plots=False)
 
     def close(self) -> None:
         if self._epochs:
-            self._write()
+            self._write(plots=True)
 
-    def _write(self) -> None:
+    def _write(self, *, plots: bool) -> None:
         from locsgd_dist.reporting import write_report  # matplotlib: not before the first report
 
         start = time.monotonic()
         try:
-            write_report(self._directory.path)
+            write_report(self._directory.path, plots=plots)
         except Exception:  # a report can be written again from the files; the training cannot
             logger.warning("report.html could not be written", exc_info=True)
         self._written = time.monotonic()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from locsgd_dist.reporting import style
-from locsgd_dist.reporting.figures import Drawing
+from locsgd_dist.reporting.drawing import Drawing, epoch_axis, epoch_edges
 from locsgd_dist.reporting.run_data import Array, RunData, finite
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _GROWN, _SHRUNK = (0.85, 0.45, 0.16), (0.20, 0.48, 0.78)
 """Orange and blue that stand out on white and on near-black alike: a raster cannot follow the page's scheme."""
+
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def draw_norm(run: RunData) -> Drawing | None:
@@ -41,8 +44,10 @@ def draw_drift(run: RunData) -> Drawing | None:
     with np.errstate(divide="ignore"):
         exponent = np.clip(np.log10(drift), low, high)
     ticks = np.arange(low, high + 1)
-    labels = [f"{10.0**tick:g}" for tick in ticks]
-    caption = f"‖ΔW over the epoch‖ / ‖W‖ from {moved.min():.2g} to {moved.max():.2g}. Layers below the line learn locally."
+    labels = [f"10{str(int(tick)).translate(_SUPERSCRIPTS)}" for tick in ticks]
+    caption = (
+        f"‖ΔW over the epoch‖ / ‖W‖ from {moved.min():.2g} to {moved.max():.2g}. Layers below the line learn locally."
+    )
     return _heat_map(run, exponent, low, high, ticks, labels, diverging=False), caption
 
 
@@ -54,7 +59,7 @@ def _draw_change(run: RunData, key: str, name: str) -> Drawing | None:
     change = np.log2(np.where(ratio > 0, ratio, np.nan))
     if not finite(change.ravel()).size:
         return None
-    limit = float(np.clip(np.ceil(2 * np.nanmax(np.abs(change))) / 2, 0.5, 6))
+    limit = float(np.clip(np.ceil(np.nanmax(np.abs(change))), 1, 6))
     ticks = np.array([-limit, 0, limit])
     labels = [f"×{2.0**tick:.2g}" for tick in ticks]
     now = 2 ** change[:, -1]
@@ -73,7 +78,9 @@ def _first_recorded(values: Array) -> Array:
     return np.where(recorded.any(axis=1) & (first > 0), first, np.nan)
 
 
-def _heat_map(run: RunData, values: Array, low: float, high: float, ticks: Array, labels: list[str], *, diverging: bool) -> Figure:
+def _heat_map(
+    run: RunData, values: Array, low: float, high: float, ticks: Array, labels: list[str], *, diverging: bool
+) -> Figure:
     """`values` [L, E] as an image, layer 0 at the bottom, with the boundary drawn over it and a scale at the right."""
     from matplotlib.ticker import MaxNLocator
 
@@ -84,17 +91,18 @@ def _heat_map(run: RunData, values: Array, low: float, high: float, ticks: Array
     axes.imshow(_rgba(values, low, high, diverging), extent=extent, aspect="auto", origin="lower", interpolation="none")
     boundary = run.series("boundary")
     if np.isfinite(boundary).any():
-        edges = np.append(run.epochs - 0.5, run.epochs[-1] + 0.5)
-        axes.stairs(boundary - 0.5, edges, baseline=None, color=style.INK, linewidth=1.1)
-    axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="epoch")
+        axes.stairs(boundary - 0.5, epoch_edges(run), baseline=None, color=style.INK, linewidth=1.1)
+    axes.set_ylim(extent[2:])
+    epoch_axis(axes, run)
     axes.grid(visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     style.name_axis(axes, "layer")
     axes.set_position((0.115, 0.155, 0.745, 0.745))
     scale = figure.add_axes((0.885, 0.155, 0.022, 0.745))
     ramp = np.linspace(low, high, 64)[:, None]
-    scale.imshow(_rgba(ramp, low, high, diverging), extent=(0, 1, low, high), aspect="auto", origin="lower", interpolation="none")
+    scale.imshow(
+        _rgba(ramp, low, high, diverging), extent=(0, 1, low, high), aspect="auto", origin="lower", interpolation="none"
+    )
     scale.set(xticks=[], yticks=ticks, yticklabels=labels)
     scale.yaxis.tick_right()
     scale.grid(visible=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +18,16 @@ SOURCES = {
     "nvml_device_used": "NVML, whole device",
     "cuda_reserved": "CUDA allocator, reserved",
     "cuda_allocated": "CUDA allocator, allocated",
-    "host_rss": "host, resident set",
+    "tensor_peak": "Tensors of a training step",
+    "host_rss": "Host, resident set",
 }
 """Columns of bytes in the order of trust, as the footprint monitor has it, and what a report calls them."""
 
-MAX_BYTES = 4 * 2**20
+MAX_BYTES = 2 * 2**20
 """What is read of a file; of a longer one, as much in evenly spread blocks."""
 NUM_BLOCKS = 512
-NUM_BUCKETS = 600
-"""Points of a curve, about one for each pixel of its figure."""
+NUM_BUCKETS = 256
+"""Points of a curve; at most half of `NUM_BLOCKS`, so that each has a whole block to take its peak from."""
 PAUSE = 60.0
 """Seconds without a sample (a run stopped and resumed) that interrupt a curve, and at least 4 of its buckets."""
 
@@ -43,12 +45,9 @@ class RankTrace:
     """[P] bytes, each the peak of a stretch of time; NaN where the trace pauses."""
 
 
-def load_memory_traces(run_dir: Path) -> list[RankTrace]:
-    """The traces of all ranks from memory.csv, or from one file a rank (memory*.csv); empty if there are none."""
-    samples = [table for path in sorted(run_dir.glob("memory*.csv")) if (table := _read(path)).size]
-    if not samples:
-        return []
-    table = np.concatenate(samples)
+def load_memory_traces(path: Path) -> list[RankTrace]:
+    """The traces of all ranks that wrote to the file `path`; empty if there are none."""
+    table = _read(path)
     ranks, times, values = np.nan_to_num(table[:, 0]), table[:, 1], table[:, 2:]
     recorded = np.isfinite(values).any(axis=0)
     if not recorded.any():
@@ -77,17 +76,25 @@ def _peaks(times: Array, values: Array) -> tuple[Array, Array]:
 
 def _read(path: Path) -> Array:
     """[N, 2 + len(SOURCES)]: rank, time, then the columns of `SOURCES`; NaN for an empty cell."""
+    names = ("rank", "time", *SOURCES)
+    if not path.exists():
+        return np.empty((0, len(names)))
     with path.open("rb") as file:
         header = file.readline().decode("utf-8", "replace").strip().split(",")
-    wanted = [header.index(name) if name in header else None for name in ("rank", "time", *SOURCES)]
+    if "time" not in header:
+        return np.empty((0, len(names)))
+    present = [place for place, name in enumerate(names) if name in header]
+    columns = [header.index(names[place]) for place in present]
     rows = []
     for line in _lines(path):
         cells = line.split(b",")
-        if len(cells) == len(header):  # a torn line, or one from the middle of which a block starts, is shorter
-            row = [math.nan if column is None else _number(cells[column]) for column in wanted]
-            if math.isfinite(row[1]):  # else a header that a resumed run wrote again
-                rows.append(row)
-    return np.array(rows, dtype=np.float64).reshape(len(rows), len(wanted))
+        if len(cells) == len(header):  # a torn line is shorter
+            with suppress(ValueError):  # a header that a resumed run wrote again
+                rows.append([float(cells[column] or b"nan") for column in columns])
+    table = np.full((len(rows), len(names)), np.nan)
+    if rows:
+        table[:, present] = rows
+    return table[np.isfinite(table[:, 1])]
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -101,10 +108,3 @@ def _lines(path: Path) -> Iterator[bytes]:
         for block in range(NUM_BLOCKS):
             file.seek(block * (size - length) // (NUM_BLOCKS - 1))
             yield from file.read(length).splitlines()[1:-1]
-
-
-def _number(cell: bytes) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return math.nan

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from locsgd_dist.recording.directory import RunDirectory, write_atomically
-from locsgd_dist.reporting import figures, layer_figures, style, summary
-from locsgd_dist.reporting.figures import FigureSpec
+from locsgd_dist.reporting import layer_figures, learning_figures, resource_figures, style, summary
+from locsgd_dist.reporting.drawing import FigureSpec
 from locsgd_dist.reporting.run_data import RunData
 
 FIGURES = (
-    FigureSpec("footprint", "Footprint and batch", figures.draw_footprint),
-    FigureSpec("boundary", "Boundary", figures.draw_boundary),
-    FigureSpec("traffic", "Bytes exchanged", figures.draw_traffic),
-    FigureSpec("memory-trace", "Memory over wall time", figures.draw_memory_trace),
-    FigureSpec("accuracy", "Accuracy", figures.draw_accuracy),
-    FigureSpec("loss", "Loss", figures.draw_loss),
-    FigureSpec("throughput", "Throughput", figures.draw_throughput),
-    FigureSpec("learning-rate", "Learning rates", figures.draw_learning_rates),
-    FigureSpec("update-norm", "Update norm at the boundary", figures.draw_update_norm),
+    FigureSpec("footprint", "Footprint and batch", resource_figures.draw_footprint),
+    FigureSpec("boundary", "Boundary", learning_figures.draw_boundary),
+    FigureSpec("traffic", "Bytes exchanged", resource_figures.draw_traffic),
+    FigureSpec("memory-trace", "Memory over wall time", resource_figures.draw_memory_trace),
+    FigureSpec("accuracy", "Accuracy", learning_figures.draw_accuracy),
+    FigureSpec("loss", "Loss", learning_figures.draw_loss),
+    FigureSpec("throughput", "Throughput", resource_figures.draw_throughput),
+    FigureSpec("learning-rate", "Learning rates", learning_figures.draw_learning_rates),
+    FigureSpec("update-norm", "Update norm at the boundary", learning_figures.draw_update_norm),
     FigureSpec("layer-norm", "Norm per layer", layer_figures.draw_norm),
     FigureSpec("layer-rank", "Effective rank per layer", layer_figures.draw_effective_rank),
     FigureSpec("layer-drift", "Drift per layer", layer_figures.draw_drift),
 )
 """In the order of the page: memory, batch and traffic first, for they are what the method is about."""
+
+
+_SPACE_BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:[KMGTP]iB|B|s|min|h|img/s)\b)")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ def write_report(run_dir: Path, *, plots: bool = True) -> Path:
                 missing.append(spec.title)
                 continue
             figure, caption = drawing
-            cards.append(Card(spec.key, spec.title, caption, style.to_svg(figure, spec.key, f"{spec.title}. {caption}")))
+            cards.append(
+                Card(spec.key, spec.title, caption, style.to_svg(figure, spec.key, f"{spec.title}. {caption}"))
+            )
             if plots:
                 directory.plots.mkdir(exist_ok=True)
                 style.to_png(figure, directory.plots / f"{spec.key}.png", f"{spec.title} · {run.name}")
@@ -73,6 +79,7 @@ def render(run: RunData, cards: list[Card], missing: list[str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["keep_units"] = lambda text: _SPACE_BEFORE_UNIT.sub("\u00a0", text)
     return environment.get_template("report.html").render(
         run=run,
         cards=cards,

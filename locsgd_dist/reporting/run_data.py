@@ -46,7 +46,7 @@ class RunData:
             config_text=_read_text(directory.config),
             metrics=[by_epoch[epoch] for epoch in sorted(by_epoch)],
             events=directory.load_events(),
-            traces=load_memory_traces(path),
+            traces=load_memory_traces(directory.memory),
         )
 
     @cached_property
@@ -83,6 +83,20 @@ class RunData:
                 if is_number(value):
                     matrix[layer, column] = value
         return matrix
+
+    @cached_property
+    def exchanged_bytes(self) -> Array:
+        """[E] gradients and replicas together, per rank; NaN where neither was recorded."""
+        parts = np.stack([self.series("grad_all_reduce_bytes"), self.series("replica_sync_bytes")])
+        return np.where(np.isfinite(parts).any(axis=0), np.nansum(parts, axis=0), np.nan)
+
+    @cached_property
+    def share_of_plain_ddp(self) -> float | None:
+        """Exchanged bytes over those of plain DDP, summed over the epochs that recorded both."""
+        plain = self.series("plain_ddp_bytes")
+        both = np.isfinite(self.exchanged_bytes) & np.isfinite(plain)
+        total = plain[both].sum()
+        return float(self.exchanged_bytes[both].sum() / total) if total > 0 else None
 
     def setting(self, section: str, key: str) -> Any:
         """`section.key` of the configuration; None where it is not set."""

@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:  # matplotlib is imported when the first report is drawn: the start of training does not wait for it
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ INK, MUTED, GRID, BLUE, ORANGE, GREEN, PURPLE, RED, TEAL = (light for light, _ i
 WIDTH, HEIGHT = 5.4, 3.05
 """Inches. At 72 units an inch the page shows a figure at about its natural size on a phone, larger on a desk."""
 
-_RC = {
+_RC: dict[Any, Any] = {
     "svg.fonttype": "none",  # real text: selectable, in the page's font
     "svg.hashsalt": "locsgd",  # same data, same file
     "font.family": "sans-serif",
@@ -54,7 +54,7 @@ _RC = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "axes.xmargin": 0.01,
+    "axes.titley": 1.0,  # a given place spares matplotlib the search for one
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "xtick.color": MUTED,
@@ -99,6 +99,17 @@ def new_figure(ratios: Sequence[float] = (1.0,)) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
+def name_x_axis(axes: Axes, quantity: str) -> None:
+    """Says below the lowest panel what runs to the right."""
+    from matplotlib.transforms import ScaledTranslation
+
+    axes.set_xlabel(quantity)
+    below = ScaledTranslation(
+        0, -21 / 72, cast("Figure", axes.get_figure()).dpi_scale_trans
+    )  # a fixed place: no search for one
+    axes.xaxis.set_label_coords(0.5, 0, transform=axes.transAxes + below)
+
+
 def name_axis(axes: Axes, quantity: str) -> None:
     """Says above the axis, not beside it, what runs upward: horizontal text reads on a phone too."""
     axes.set_title(quantity, loc="left", fontsize=9.5, color=MUTED, pad=6)
@@ -111,12 +122,12 @@ def legend(axes: Axes, num_columns: int = 4) -> None:
 
 
 def to_png(figure: Figure, path: Path, title: str) -> None:
-    """Writes the figure with its title on white, 300 dots an inch of the paper's column width."""
+    """Writes the figure on white, its title above it."""
     from matplotlib.transforms import Bbox
 
     text = figure.text(0.02, 1.03, title, fontsize=12, fontweight="bold")
-    box = Bbox([[0, 0], [WIDTH, HEIGHT + 0.35]])
-    figure.savefig(path, format="png", dpi=200, facecolor="white", bbox_inches=box)
+    box = Bbox.from_extents(0, 0, WIDTH, HEIGHT + 0.35)
+    figure.savefig(path, format="png", dpi=160, facecolor="white", bbox_inches=box)
     text.remove()
 
 
@@ -146,9 +157,7 @@ def to_svg(figure: Figure, key: str, label: str) -> str:
     for node in root.iter():
         node.tag = node.tag.removeprefix(_SVG)
         node.text, node.tail = (node.text or "").strip(), ""
-        node.attrib = {
-            name: value for name, value in (_attribute(key, *pair) for pair in node.attrib.items()) if name
-        }
+        node.attrib = {name: value for name, value in (_attribute(key, *pair) for pair in node.attrib.items()) if name}
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label}
     return ElementTree.tostring(root, encoding="unicode")
 

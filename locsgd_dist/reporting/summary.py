@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from locsgd_dist.formatting import (
     MISSING,
     describe_event,
@@ -16,7 +14,7 @@ from locsgd_dist.formatting import (
     format_percent,
     is_number,
 )
-from locsgd_dist.reporting.run_data import Array, RunData, finite, first_and_last
+from locsgd_dist.reporting.run_data import RunData, finite, first_and_last
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,10 @@ def headline(run: RunData) -> list[Tile]:
     tiles = [
         _accuracy_tile(run),
         _time_tile(run),
-        _range_tile(run, "Throughput", "images_per_second", format_count, "img/s in the last epoch; first"),
-        _range_tile(run, "Footprint", "footprint_bytes", format_bytes, "in the last epoch; first"),
+        _range_tile(run, "Images per second", "images_per_second", format_count),
+        _range_tile(run, "Footprint", "footprint_bytes", format_bytes),
         _traffic_tile(run),
-        _range_tile(run, "Batch per GPU", "per_gpu_batch", format_count, "in the last epoch; first"),
+        _range_tile(run, "Batch per GPU", "per_gpu_batch", format_count),
     ]
     return [tile for tile in tiles if tile is not None]
 
@@ -69,30 +67,22 @@ def _time_tile(run: RunData) -> Tile | None:
     seconds = finite(run.series("seconds"))
     if not seconds.size:
         return None
-    return Tile("Time", format_duration(seconds.sum()), f"in {seconds.size} epochs, {format_duration(seconds[-1])} the last")
+    return Tile("Time", format_duration(seconds.sum()), f"{format_duration(seconds[-1])} the last epoch")
 
 
-def _range_tile(run: RunData, name: str, key: str, text: Any, note: str) -> Tile | None:
+def _range_tile(run: RunData, name: str, key: str, text: Any) -> Tile | None:
     ends = first_and_last(run.series(key))
-    return Tile(name, text(ends[1]), f"{note} {text(ends[0])}") if ends else None
+    return Tile(name, text(ends[1]), f"last epoch; first {text(ends[0])}") if ends else None
 
 
 def _traffic_tile(run: RunData) -> Tile | None:
-    exchanged = exchanged_bytes(run)
-    plain = run.series("plain_ddp_bytes")
-    if not finite(exchanged).size:
+    exchanged = finite(run.exchanged_bytes)
+    if not exchanged.size:
         return None
-    both = np.isfinite(exchanged) & np.isfinite(plain)
-    if not both.any() or plain[both].sum() <= 0:
-        return Tile("Exchanged per rank", format_bytes(np.nansum(exchanged)), "gradients and replicas")
-    share = exchanged[both].sum() / plain[both].sum()
-    return Tile("Exchanged against plain DDP", format_percent(share), f"{format_bytes(np.nansum(exchanged))} per rank, gradients and replicas")
-
-
-def exchanged_bytes(run: RunData) -> Array:
-    """[E] bytes of gradients and replicas together; NaN where neither was recorded."""
-    parts = np.stack([run.series("grad_all_reduce_bytes"), run.series("replica_sync_bytes")])
-    return np.where(np.isfinite(parts).any(axis=0), np.nansum(parts, axis=0), np.nan)
+    total = f"{format_bytes(exchanged.sum())} per rank"
+    if run.share_of_plain_ddp is None:
+        return Tile("Gradients and replicas", format_bytes(exchanged.sum()), "per rank")
+    return Tile("Bytes vs plain DDP", format_percent(run.share_of_plain_ddp), total)
 
 
 _SETTINGS = {
@@ -120,12 +110,14 @@ def summary(run: RunData) -> list[tuple[str, str]]:
     gradients, replicas, plain = (
         run.series(key) for key in ("grad_all_reduce_bytes", "replica_sync_bytes", "plain_ddp_bytes")
     )
+    checkpoints = [event for event in run.events if event.get("type") == "checkpoint"]
     boundary, num_layers = run.last("boundary"), run.last("num_layers")
     rows += [
         ("Ranks", _text(run.last("world_size"))),
         ("Epochs", progress(run)),
         ("Samples seen", _count(run.last("samples_seen"))),
         ("Boundary", "" if boundary is None else f"{boundary} of {_text(num_layers) or MISSING} layers"),
+        ("Checkpoints", f"{len(checkpoints)}, the last in epoch {checkpoints[-1].get('epoch')}" if checkpoints else ""),
         ("Footprint measured by", _text(run.last("footprint_source"))),
         ("Gradient bytes per rank", format_bytes(finite(gradients).sum()) if finite(gradients).size else ""),
         ("Replica bytes per rank", format_bytes(finite(replicas).sum()) if finite(replicas).size else ""),
@@ -181,7 +173,7 @@ def layer_table(run: RunData) -> Table:
 
 
 def event_table(run: RunData) -> Table:
-    """Events in the order of recording; the time counts from the first one."""
+    """Events in the order of recording, but for the many checkpoints; time counts from the first."""
     times = [event["time"] for event in run.events if is_number(event.get("time"))]
     rows = [
         [
@@ -192,6 +184,7 @@ def event_table(run: RunData) -> Table:
             describe_event(event),
         ]
         for event in run.events
+        if event.get("type") != "checkpoint"
     ]
     return Table.of(["Time", "Epoch", "Samples", "Event", ""], rows)
 

@@ -37,7 +37,7 @@ def write_run(
         "batch": {"per_gpu": 64, "policy": "halving"},
     }
     (path / "config.yaml").write_text(yaml.safe_dump(sections | config, sort_keys=False))
-    epochs = [epoch_metrics(epoch, num_epochs, num_layers, ranks) for epoch in range(1, num_epochs + 1)]
+    epochs = [epoch_metrics(epoch, num_epochs, num_layers, ranks) for epoch in range(num_epochs)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
     (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in run_events(epochs)))
     write_memory_csv(path / "memory.csv", epochs, ranks, memory_hz)
@@ -45,16 +45,16 @@ def write_run(
 
 
 def epoch_metrics(epoch: int, num_epochs: int, num_layers: int, ranks: int) -> dict[str, Any]:
-    done = (epoch - 1) / max(num_epochs - 1, 1)
+    done = epoch / max(num_epochs - 1, 1)
     boundary = int(0.75 * num_layers * done)
-    per_gpu = 64 if 2 * epoch <= num_epochs else 128
+    per_gpu = 64 if 2 * epoch < num_epochs else 128
     steps = math.ceil(SAMPLES / (ranks * per_gpu))
     parameters = 45 * MIB
     rate = 0.025 * (1 + math.cos(math.pi * done)) * per_gpu / 64
     layers = range(num_layers)
     return {
         "epoch": epoch,
-        "samples_seen": epoch * SAMPLES,
+        "samples_seen": (epoch + 1) * SAMPLES,
         "boundary": boundary,
         "num_layers": num_layers,
         "per_gpu_batch": per_gpu,
@@ -89,7 +89,7 @@ def epoch_metrics(epoch: int, num_epochs: int, num_layers: int, ranks: int) -> d
 def run_events(epochs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     time = START
-    for now, after in zip(epochs, epochs[1:] + [None], strict=True):
+    for now, after in zip(epochs, [*epochs[1:], None], strict=True):
         time += now["seconds"]
         header = {"epoch": now["epoch"], "samples_seen": now["samples_seen"], "time": time}
         events.append({"type": "checkpoint"} | header | {"path": f"checkpoints/epoch-{now['epoch']:04d}"})
@@ -101,7 +101,7 @@ def run_events(epochs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if after["per_gpu_batch"] != now["per_gpu_batch"]:
             sizes = {"per_gpu_from": now["per_gpu_batch"], "per_gpu_to": after["per_gpu_batch"]}
             events.append({"type": "batch"} | header | sizes)
-        if now["epoch"] == max(1, len(epochs) // 3):
+        if now["epoch"] == len(epochs) // 3:
             events.append({"type": "oom"} | header | {"time": time + 5, "message": "rank 1 while trying 256"})
     return events
 

@@ -110,7 +110,7 @@ def test_width_narrows_the_cifar_networks() -> None:
         ({"kwargs": {"depth": 3}}, "model.kwargs does not fit resnet18: "),
         ({"name": "resnet50", "kwargs": {"depth": 3}}, "model.kwargs does not fit resnet50: "),
         ({"name": "resnet50", "kwargs": {"weights": "DEFAULT"}}, "must not contain weights: use"),
-        ({"name": "resnet50", "width": 16}, "model.width is a setting of resnet18 and vgg13 only"),
+        ({"name": "resnet50", "width": 16}, "model.width must be null for resnet50: it is a setting"),
         ({"weights": "DEFAULT"}, "model.weights=DEFAULT exists for torchvision: and timm: networks only"),
         ({"name": "timm:test_vit.x"}, "model.name timm:test_vit.x is unknown to timm"),
         ({"name": "timm:resnet26t_v9", "weights": "DEFAULT"}, "unknown to timm"),

@@ -1,0 +1,84 @@
+"""What the `data` section leaves to the data set, decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from locsgd_dist.data.augment import CropFlip, Normalization
+from locsgd_dist.data.config import Augmentation, DataConfig
+from locsgd_dist.data.presets import ImageNetPreset
+from locsgd_dist.data.sources import Source
+
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+AUTO_IN_MEMORY_BYTES = 2 << 30
+"""Up to here `data.in_memory=auto` holds a set on the device. A constant, so that all ranks decide alike."""
+
+SMALL_SIDE = 64
+"""Images up to this side are used whole, shifted and mirrored; larger ones are cropped out of."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How samples become the network's input."""
+
+    size: int
+    """Side of the input in pixels."""
+
+    in_memory: bool
+
+    preset: ImageNetPreset | None
+    """Augmentation of undecoded originals, by workers."""
+
+    crop_flip: CropFlip | None
+    """Augmentation of decoded batches, on the device."""
+
+
+def resolve(config: DataConfig, source: Source) -> Recipe:
+    """Decide size, augmentation and place.
+
+    Raises:
+        ValueError: where `data.in_memory=yes` meets an augmentation that needs the originals.
+    """
+    size = config.image_size or source.image_size
+    augmentation = _augmentation(config, source, size)
+    preset = cast(ImageNetPreset, augmentation) if augmentation.startswith("imagenet_") else None
+    if preset is not None and config.in_memory == "yes":
+        raise ValueError(
+            f"data.in_memory=yes needs data.augmentation none, crop_flip or crop_flip_cutout; "
+            f"auto is {preset} for images of more than {SMALL_SIDE} pixels"
+        )
+    num_bytes = ((config.train_samples or len(source.train)) + len(source.val)) * 3 * size**2
+    fits = num_bytes <= AUTO_IN_MEMORY_BYTES and not source.self_augmenting
+    return Recipe(
+        size,
+        in_memory=preset is None and (config.in_memory == "yes" or (config.in_memory == "auto" and fits)),
+        preset=preset,
+        crop_flip=_crop_flip(augmentation, source, size),
+    )
+
+
+def resolve_normalization(config: DataConfig, source: Source, measured: Normalization | None) -> Normalization:
+    """The configured mean and deviation, or the set's own, or those `measured`, or ImageNet's."""
+    if config.normalization == "imagenet":
+        return IMAGENET
+    return source.normalization or measured or IMAGENET
+
+
+def _augmentation(config: DataConfig, source: Source, size: int) -> Augmentation:
+    if config.augmentation != "auto":
+        return config.augmentation
+    if source.self_augmenting:
+        return "none"
+    return "crop_flip" if size <= SMALL_SIDE else "imagenet_paper"
+
+
+def _crop_flip(augmentation: Augmentation, source: Source, size: int) -> CropFlip | None:
+    if not augmentation.startswith("crop_flip"):
+        return None
+    return CropFlip(
+        padding=size // 8 if source.photographs else size // 16,
+        flip=source.photographs,
+        cutout=round(size * source.cutout) if augmentation == "crop_flip_cutout" else 0,
+    )

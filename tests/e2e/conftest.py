@@ -1,0 +1,35 @@
+"""Launches as a user types them: torchrun in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import Launch, environment
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "e2e" in item.path.parts:
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """``launch(*arguments, nproc=2)`` runs the trainer under torchrun in ``tmp_path`` and returns the finished process.
+
+    ``nproc=0`` runs ``python -m locsgd_dist.train`` without torchrun.
+    """
+
+    def run(*arguments: str, nproc: int = 2, timeout: float = 420) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable]
+        if nproc:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+        command += ["-m", "locsgd_dist.train", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return run

@@ -1,0 +1,141 @@
+"""Optimizer and schedule against torch's own and closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from locsgd_dist.optimization import OptimConfig, RegionOptimizer, averaged_model, lr_at
+
+
+def test_cosine_agrees_with_torch():
+    config = OptimConfig(lr=0.3, schedule="cosine")
+    parameter = nn.Parameter(torch.zeros(1))
+    oracle = torch.optim.SGD([parameter], lr=0.3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(oracle, T_max=10)
+    for epoch in range(10):
+        assert lr_at(config, epoch, 10) == pytest.approx(oracle.param_groups[0]["lr"], rel=1e-9)
+        oracle.step()
+        schedule.step()
+
+
+def test_step_agrees_with_torch():
+    config = OptimConfig(lr=0.05, schedule="step", step_epochs=3, step_gamma=0.1)
+    oracle = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.05)
+    schedule = torch.optim.lr_scheduler.StepLR(oracle, step_size=3, gamma=0.1)
+    for epoch in range(10):
+        assert lr_at(config, epoch, 10) == pytest.approx(oracle.param_groups[0]["lr"], rel=1e-9)
+        assert lr_at(config, epoch + 0.99, 10) == lr_at(config, epoch, 10)
+        oracle.step()
+        schedule.step()
+
+
+def test_warmup_then_cosine():
+    config = OptimConfig(lr=1.0, schedule="cosine", warmup_epochs=2, final_lr_fraction=0.1)
+    assert lr_at(config, 0, 10) == 0
+    assert lr_at(config, 1, 10) == pytest.approx(0.5)
+    assert lr_at(config, 2, 10) == pytest.approx(1.0)
+    assert lr_at(config, 6, 10) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert lr_at(config, 10, 10) == pytest.approx(0.1)
+
+
+def test_linear_and_constant():
+    assert lr_at(OptimConfig(lr=2.0, schedule="linear"), 2.5, 10) == pytest.approx(1.5)
+    assert lr_at(OptimConfig(lr=2.0, schedule="constant"), 9.9, 10) == 2.0
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+
+def backward(model: nn.Module, seed: int) -> None:
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
+    model(x).square().mean().backward()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_released_parameters_stay_and_the_rest_goes_on_as_torch_would(name: str):
+    model, twin = network(), network()
+    optimizer = RegionOptimizer(model, OptimConfig(name=name, lr=0.1, weight_decay=0.01))
+    kwargs = {"momentum": 0.9} if name == "sgd" else {"betas": (0.9, 0.999)}
+    kind = torch.optim.SGD if name == "sgd" else torch.optim.AdamW
+    oracle = kind(twin.parameters(), lr=0.1, weight_decay=0.01, **kwargs)
+    for step in range(6):
+        if step == 3:
+            leaving = list(model[0].parameters())
+            for parameter in leaving:
+                parameter.requires_grad_(False)
+            optimizer.release(leaving)
+            held = [p.detach().clone() for p in leaving]
+            assert not any(p in optimizer.optimizer.state for p in leaving)
+        backward(model, step)
+        backward(twin, step)
+        if step >= 3:
+            with torch.no_grad():
+                for parameter, value in zip(twin[0].parameters(), held, strict=True):
+                    parameter.grad = None
+                    parameter.copy_(value)
+        optimizer.step()
+        oracle.step()
+        optimizer.zero_grad()
+        oracle.zero_grad()
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_state_loads_by_name_after_layers_have_left(name: str):
+    model = network()
+    config = OptimConfig(name=name, lr=0.1)
+    optimizer = RegionOptimizer(model, config)
+    backward(model, 0)
+    optimizer.step()
+    weights, state = {k: v.clone() for k, v in model.state_dict().items()}, optimizer.state_dict()
+    assert set(state) == {n for n, _ in model.named_parameters()}
+
+    again = network()
+    again.load_state_dict(weights)
+    resumed = RegionOptimizer(again, config)
+    for m, o in ((model, optimizer), (again, resumed)):
+        for parameter in m[0].parameters():
+            parameter.requires_grad_(False)
+        o.release(m[0].parameters())
+    resumed.load_state_dict(state)
+    for m, o in ((model, optimizer), (again, resumed)):
+        o.zero_grad()
+        backward(m, 1)
+        o.step()
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_norms_and_biases_can_be_spared_weight_decay():
+    model = network()
+    optimizer = RegionOptimizer(model, OptimConfig(lr=0.1, momentum=0, weight_decay=0.5, decay_norm_and_bias=False))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.1 * 0.5 if parameter.dim() > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+
+
+def test_a_network_without_trainable_parameters_is_refused():
+    model = network().requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        RegionOptimizer(model, OptimConfig())
+
+
+def test_averaged_model_follows_the_closed_form():
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ema = averaged_model(model, 0.9)
+    ema.update_parameters(model)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    ema.update_parameters(model)
+    assert ema.module.weight.item() == pytest.approx(0.9 * 1.0 + 0.1 * 3.0)
