@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,7 +106,10 @@ class TrainStep:
         self._replicas.finish_step()
 
     def _forward_backward(self, batch: Batch, samples: int, tally: Tally) -> None:
-        with self._autocast, _as_filler(self._region.module, batch):
+        # A rank without samples still joins every collective: one filler sample, in evaluation mode so that neither
+        # running statistics nor localized updates see it.
+        filler = nullcontext() if batch.local_size else _evaluation_mode(self._region.module)
+        with self._autocast, filler:
             logits = self._region(batch.images)
             loss_sum = F.cross_entropy(
                 logits.float(), batch.targets, reduction="sum", label_smoothing=self._label_smoothing
@@ -120,21 +123,16 @@ class TrainStep:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
 
-class _as_filler:  # noqa: N801 (reads as a function at its call)
-    """A rank without samples still joins every collective: one filler sample, in evaluation mode so that neither
-    running statistics nor localized updates see it."""
-
-    def __init__(self, model: nn.Module, batch: Batch):
-        self._model = model
-        self._is_filler = batch.local_size == 0
-
-    def __enter__(self) -> None:
-        if self._is_filler:
-            self._model.eval()
-
-    def __exit__(self, *exc: Any) -> None:
-        if self._is_filler:
-            self._model.train()
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module is in evaluation mode inside, and in its own again after: norms may be held in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def autocast(config: TrainConfig, device: torch.device) -> Any:
@@ -147,14 +145,10 @@ def autocast(config: TrainConfig, device: torch.device) -> Any:
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], config: TrainConfig, device: torch.device) -> list[float]:
     """Cross-entropy, correct answers and samples, summed over this rank's share of a set."""
-    training = model.training
-    model.eval()
     tally = Tally(device)
-    try:
+    with _evaluation_mode(model):
         for batch in batches:
             with autocast(config, device):
                 logits = model(batch.images)
             tally.add(F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits, batch.targets)
-    finally:
-        model.train(training)
     return tally.sums()

@@ -118,8 +118,9 @@ class Trainer:
         self.best_top1 = -1.0
         # Weights are equal on all ranks; what is drawn while training (dropout) need not be.
         seed_everything(config.train.seed + 1 + self.runtime.rank)
-        self._move_boundary(self.selector.boundary)
-        self._resume()
+        if not self._resume():
+            self.recorder.truncate_to(-1, 0)
+            self._move_boundary(self.selector.boundary)
 
     def fit(self) -> dict[str, Any]:
         """Trains to the last epoch."""
@@ -130,7 +131,7 @@ class Trainer:
             pool_buffers(self.model, self.runtime.data_group)
             metrics |= self._validate()
             change = self.trace.end()
-            metrics |= self._record_of(change)
+            metrics |= self._record_of(change, metrics["sum_of_lr"])
             self.epoch += 1
             self._decide(metrics, change)
             self.recorder.epoch(metrics)
@@ -166,7 +167,7 @@ class Trainer:
             "epoch": epoch,
             "samples_seen": self.samples_seen,
             "lr": self.optimizer.lr,
-            "mean_lr": sum_of_lr / (index + 1),
+            "sum_of_lr": sum_of_lr,
             "num_steps": index + 1,
             "train_loss": loss / samples,
             "train_top1": correct / samples,
@@ -216,37 +217,38 @@ class Trainer:
             torch._dynamo.reset()
         self.recorder.event(
             "shift",
-            epoch=self.epoch,
+            epoch=max(0, self.epoch - 1),
             samples_seen=self.samples_seen,
             boundary_from=before,
             boundary_to=boundary,
         )
 
-    def _record_of(self, change: EpochDiagnostics) -> dict[str, Any]:
+    def _record_of(self, change: EpochDiagnostics, sum_of_lr: float) -> dict[str, Any]:
         """The part of an epoch's record that describes its state, memory and traffic."""
         traffic = self.traffic.take()
         footprint = self.monitor.footprint()
         boundary = self.learner.boundary
-        config, world_size = self.config, self.runtime.world_size
-        per_gpu = self.data.train.per_gpu_batch
-        steps = -(-self.data.num_train // (per_gpu * world_size * config.train.gradient_accumulation))
+        world_size, per_gpu = self.runtime.world_size, self.data.train.per_gpu_batch
+        batches_per_step = world_size * self.config.train.gradient_accumulation
+        plain_steps = -(-self.data.num_train // (batches_per_step * self.config.batch.per_gpu))
         update_norm = change.update_norm[min(boundary, len(change.update_norm) - 1)]
         return {
             "boundary": boundary,
             "num_layers": len(self.learner.layers),
             "per_gpu_batch": per_gpu,
-            "global_batch": per_gpu * world_size * config.train.gradient_accumulation,
+            "global_batch": per_gpu * batches_per_step,
             "world_size": world_size,
             "local_lr": self.learner.lr,
             "sign": self.learner.sign,
             "transition_update_norm": update_norm,
+            "transition_update_norm_per_lr": update_norm / sum_of_lr if sum_of_lr > 0 else None,
             "footprint_bytes": int(self.runtime.max([footprint.bytes])[0]),
             "footprint_source": footprint.source,
             "grad_all_reduce_bytes": traffic.gradient_bytes,
             "grad_all_reduce_count": traffic.gradient_collectives,
             "replica_sync_bytes": traffic.replica_bytes,
             "replica_sync_count": traffic.replica_collectives,
-            "plain_ddp_bytes": self.plain_gradient_bytes * steps if world_size > 1 else 0,
+            "plain_ddp_bytes": self.plain_gradient_bytes * plain_steps if world_size > 1 else 0,
             "layer_names": [layer.name for layer in self.learner.layers],
             "layer_norm": change.norm,
             "layer_drift": change.drift,
@@ -291,8 +293,8 @@ class Trainer:
             "rng": rng,
         }
 
-    def _resume(self) -> None:
-        """Goes on from the newest checkpoint: boundary, wrap, optimizer, then the state of each by name."""
+    def _resume(self) -> bool:
+        """Goes on from the newest checkpoint, if any: boundary, wrap, optimizer, then the state of each by name."""
         found: tuple[Path, dict[str, Any]] | None = None
         if self.config.run.resume == "auto":
             found = self.checkpoints.load_newest()
@@ -300,8 +302,7 @@ class Trainer:
             path = Path(self.config.run.resume)
             found = path, load_state(path)
         if found is None:
-            self.recorder.truncate_to(-1, 0)
-            return
+            return False
         path, state = found
         self.epoch, self.samples_seen = state["epoch"], state["samples_seen"]
         self.best_top1 = state["best_top1"]
@@ -321,6 +322,7 @@ class Trainer:
         if len(state["rng"]) == self.runtime.world_size:
             torch.set_rng_state(state["rng"][self.runtime.rank])
         self.recorder.event("resume", epoch=self.epoch, samples_seen=self.samples_seen, path=str(path))
+        return True
 
     def _make_selector(self) -> Selector:
         if self.config.localized.rule == "none":

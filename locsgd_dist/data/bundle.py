@@ -15,7 +15,7 @@ from locsgd_dist.data.config import DataConfig
 from locsgd_dist.data.decode import decode, measure
 from locsgd_dist.data.in_memory import InMemoryFetcher
 from locsgd_dist.data.items import Fit
-from locsgd_dist.data.loader import SampleDataset, WorkerFetcher, num_cores, resolve_workers
+from locsgd_dist.data.loader import SampleDataset, WorkerFetcher, resolve_workers
 from locsgd_dist.data.mixing import Mixer
 from locsgd_dist.data.presets import eval_transform, train_transform
 from locsgd_dist.data.recipe import SMALL_SIDE, Recipe, resolve, resolve_normalization
@@ -99,8 +99,10 @@ def build_data(
     check_source(config, source)
     recipe = resolve(config, source)
     chosen = _choose(config, source)
-    prepare = _hold if recipe.in_memory else _decode_along
-    splits = prepare(config, source, recipe, chosen, device, seed, local_world_size)
+    if recipe.in_memory:
+        splits = _hold(config, source, recipe, chosen, device, local_world_size)
+    else:
+        splits = _decode_along(config, source, recipe, chosen, device, local_world_size, seed)
 
     train_transform, val_transform = (
         BatchTransform(
@@ -143,12 +145,11 @@ def _hold(
     recipe: Recipe,
     chosen: NDArray[np.int64],
     device: torch.device,
-    seed: int,
     local_world_size: int,
 ) -> _Splits:
     """Decode everything now, to the device."""
     # With a cache, one rank of a machine decodes for all of them and may use all cores.
-    num_workers = num_cores() // (1 if config.cache else local_world_size)
+    num_workers = resolve_workers(config.workers, 1 if config.cache else local_world_size)
     fetchers = []
     measured = None
     for items, indices in ((source.train, chosen), (source.val, np.arange(len(source.val)))):
@@ -169,8 +170,8 @@ def _decode_along(
     recipe: Recipe,
     chosen: NDArray[np.int64],
     device: torch.device,
-    seed: int,
     local_world_size: int,
+    seed: int,
 ) -> _Splits:
     """Decode while training goes on."""
     normalization = resolve_normalization(config, source, None)

@@ -26,9 +26,10 @@ def cache_folder() -> Path:
 
 def fingerprint(root: Path, names: NDArray[np.bytes_], recipe: str) -> str:
     """A key that changes with any file's name, size or time of change, and with the recipe that decodes them."""
-    digest = hashlib.sha256(f"{root.resolve()}\n{recipe}\n".encode())
-    for name in names:
-        status = os.stat(root / name.decode())
+    folder = os.fsencode(root.resolve())
+    digest = hashlib.sha256(b"%s\n%s\n" % (folder, recipe.encode()))
+    for name in names.tolist():
+        status = os.stat(os.path.join(folder, name))
         digest.update(b"%s %d %d\n" % (name, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()[:32]
 

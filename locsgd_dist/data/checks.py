@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from locsgd_dist.data.config import DataConfig
+from locsgd_dist.data.recipe import resolve, resolve_augmentation
 from locsgd_dist.data.sources import Source, image_folders, list_images, open_source, unknown_name
 from locsgd_dist.data.standard_sets import STANDARD_SETS
 
@@ -52,12 +53,17 @@ def check_data(config: DataConfig) -> None:
         if not config.download:
             spec.require_files(root)
         check_train_samples(config, spec.num_train)
+        size = data_shape(config).image_size
+        resolve_augmentation(config, size, photographs=spec.photographs, self_augmenting=False)
     elif config.name == "imagefolder":
         train, _, _ = image_folders(root)
         if config.train_samples is not None:
             check_train_samples(config, len(list_images(train)))
+        resolve_augmentation(config, data_shape(config).image_size, photographs=True, self_augmenting=False)
     else:
-        check_source(config, open_source(config))
+        source = open_source(config)
+        check_source(config, source)
+        resolve(config, source)
 
 
 def check_source(config: DataConfig, source: Source) -> None:

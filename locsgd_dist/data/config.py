@@ -32,7 +32,7 @@ class DataConfig:
     """Side of the square input in pixels (null: 32; 224 for imagefolder; the first image's for a factory)."""
 
     augmentation: Augmentation = "auto"
-    """auto: crop (and flip, for photographs) for small images, imagenet_paper for larger imagefolders, none
+    """auto: crop_flip for small images and for digits, imagenet_paper for images of more than 64 pixels, none
     for a factory. crop_flip pads by 1/8 of the side (1/16 and no flip for digits and the like); cutout adds
     an erased square; imagenet_paper: random resized crop and flip; imagenet_torchvision: TrivialAugment and
     random erasing on top, as torchvision's reference recipe."""
@@ -48,10 +48,10 @@ class DataConfig:
     """CutMix's Beta parameter (0: off)."""
 
     workers: int = -1
-    """Decoding processes per rank, for sets that are not held in memory (-1: cores shared out among the
-    ranks of this machine; 0: decode in the training process)."""
+    """Decoding processes per rank (-1: this machine's cores shared out among its ranks, 16 at most; 0: decode in
+    the training process). Sets held in memory need them only while they are first decoded."""
 
-    in_memory: Literal["auto", "yes", "no"] = "auto"
+    in_memory: bool | Literal["auto"] = "auto"
     """Hold the decoded images as uint8 on the device (auto: up to 2 GiB, where the augmentation works on
     decoded images; never for a factory, whose own randomness would freeze)."""
 
@@ -79,10 +79,5 @@ class DataConfig:
                 raise ValueError(f"data.{key} must be 0 (off) or positive and finite, got {value}")
         if self.workers < -1:
             raise ValueError(f"data.workers must be -1 (sized to the machine) or at least 0, got {self.workers}")
-        if self.augmentation.startswith("imagenet_") and self.in_memory == "yes":
-            raise ValueError(
-                f"data.in_memory=yes needs data.augmentation auto, none, crop_flip or crop_flip_cutout; "
-                f"{self.augmentation} crops from the undecoded original, got both"
-            )
         if self.kwargs and ":" not in self.name:
             raise ValueError(f"data.kwargs is for data.name=package.module:factory only, got data.name={self.name}")

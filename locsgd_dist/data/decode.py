@@ -73,6 +73,7 @@ def _decode_all(items: Items, chosen: NDArray[np.int64], size: int, num_workers:
         SampleDataset(items, chosen, Fit(size), seed=0),
         batch_sampler=[requests[first : first + _CHUNK] for first in range(0, len(requests), _CHUNK)],
         num_workers=num_workers if len(chosen) > 4 * _CHUNK else 0,
+        generator=torch.Generator(),  # Else a seed would be drawn from the training process's.
     )
     images = np.empty((len(chosen), size, size, 3), dtype=np.uint8)
     targets = np.empty(len(chosen), dtype=np.int64)
@@ -80,7 +81,7 @@ def _decode_all(items: Items, chosen: NDArray[np.int64], size: int, num_workers:
     for batch in loader:
         indices, pictures, classes = batch
         if pictures.dtype != torch.uint8:
-            raise ValueError(f"data.in_memory=yes holds uint8 images, but the factory gave {pictures.dtype}")
+            raise ValueError(f"data.in_memory=true holds uint8 images, but the factory gave {pictures.dtype}")
         images[indices.numpy()] = pictures.permute(0, 2, 3, 1).numpy()
         targets[indices.numpy()] = classes.numpy()
     return images, targets

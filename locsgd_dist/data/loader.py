@@ -86,6 +86,8 @@ class WorkerFetcher:
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
             persistent_workers=persistent and num_workers > 0,
+            # Its own generator: a seed for the workers would else be drawn from the training process's.
+            generator=torch.Generator(),
             worker_init_fn=outlive_sigterm if num_workers else None,
         )
 

@@ -39,21 +39,18 @@ def resolve(config: DataConfig, source: Source) -> Recipe:
     """Decide size, augmentation and place.
 
     Raises:
-        ValueError: where `data.in_memory=yes` meets an augmentation that needs the originals.
+        ValueError: where `data.in_memory=true` meets an augmentation that needs the originals.
     """
     size = config.image_size or source.image_size
-    augmentation = _augmentation(config, source, size)
+    augmentation = resolve_augmentation(
+        config, size, photographs=source.photographs, self_augmenting=source.self_augmenting
+    )
     preset = cast(ImageNetPreset, augmentation) if augmentation.startswith("imagenet_") else None
-    if preset is not None and config.in_memory == "yes":
-        raise ValueError(
-            f"data.in_memory=yes needs data.augmentation none, crop_flip or crop_flip_cutout; "
-            f"auto is {preset} for images of more than {SMALL_SIDE} pixels"
-        )
     num_bytes = ((config.train_samples or len(source.train)) + len(source.val)) * 3 * size**2
     fits = num_bytes <= AUTO_IN_MEMORY_BYTES and not source.self_augmenting
     return Recipe(
         size,
-        in_memory=preset is None and (config.in_memory == "yes" or (config.in_memory == "auto" and fits)),
+        in_memory=preset is None and (fits if config.in_memory == "auto" else config.in_memory),
         preset=preset,
         crop_flip=_crop_flip(augmentation, source, size),
     )
@@ -66,12 +63,26 @@ def resolve_normalization(config: DataConfig, source: Source, measured: Normaliz
     return source.normalization or measured or IMAGENET
 
 
-def _augmentation(config: DataConfig, source: Source, size: int) -> Augmentation:
-    if config.augmentation != "auto":
-        return config.augmentation
-    if source.self_augmenting:
-        return "none"
-    return "crop_flip" if size <= SMALL_SIDE else "imagenet_paper"
+def resolve_augmentation(config: DataConfig, size: int, *, photographs: bool, self_augmenting: bool) -> Augmentation:
+    """`data.augmentation`, with auto resolved for images of `size` pixels of such a set.
+
+    Raises:
+        ValueError: where `data.in_memory=true` meets an augmentation that needs the originals.
+    """
+    augmentation = config.augmentation
+    if augmentation == "auto":
+        if self_augmenting:
+            augmentation = "none"
+        elif size <= SMALL_SIDE or not photographs:
+            augmentation = "crop_flip"
+        else:
+            augmentation = "imagenet_paper"
+    if augmentation.startswith("imagenet_") and config.in_memory is True:
+        raise ValueError(
+            f"data.in_memory=true needs data.augmentation none, crop_flip or crop_flip_cutout, "
+            f"got {config.augmentation}, which for images of {size} pixels is {augmentation}"
+        )
+    return augmentation
 
 
 def _crop_flip(augmentation: Augmentation, source: Source, size: int) -> CropFlip | None:

@@ -50,14 +50,14 @@ class StandardSet:
         """Read a split, after fetching what is missing if `download`.
 
         Raises:
-            ValueError: naming data.root, where files are missing or corrupt.
+            ValueError: naming data.root or data.download, where files are missing, corrupt or not to be had.
         """
         if download and self._missing(root):
-            # The ranks of a machine come here at once: one fetches, the others wait and find the files.
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / f".{self.name}.lock"):
-                if self._missing(root):
-                    self.dataset(root, download=True)
+            try:
+                self._fetch(root)
+            except (OSError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"data.download: cannot fetch {self.name} into {str(root)!r}: {reason}") from error
         self.require_files(root)
         try:
             dataset: Any = self.dataset(root, train=train)
@@ -67,6 +67,13 @@ class StandardSet:
         return ArrayItems(
             images if images.ndim == 4 else images[..., None], np.asarray(dataset.targets, dtype=np.int64)
         )
+
+    def _fetch(self, root: Path) -> None:
+        # The ranks of a machine come here at once: one fetches, the others wait and find the files.
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{self.name}.lock"):
+            if self._missing(root):
+                self.dataset(root, download=True)
 
     def _missing(self, root: Path) -> list[Path]:
         paths = [root / self.folder / name for name in self.files]

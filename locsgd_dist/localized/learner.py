@@ -17,7 +17,7 @@ at the boundary and to keep none of the prefix's activations.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,13 +199,19 @@ class LocalizedLearner:
         if self.batch_fraction < 1:
             samples = max(1, round(a.shape[0] * self.batch_fraction))
             a, z = a[:samples], z[:samples]
-        # Autocast would cast the GEMM's operands again; they are in the dtype the layer computed in already.
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        with torch.no_grad(), _no_autocast(z.device.type):
             delta = self.rule.delta(layer, a.to(z.dtype), z, self.num_steps)
             if layer.index in self._deltas:
                 self._deltas[layer.index].add_(delta)
             else:
                 self._deltas[layer.index] = delta
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast would cast the GEMM's operands again; they are in the dtype the layer computed in already."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # meta tensors, on which a step is foretold without a device
 
 
 class _GatherHook:

@@ -12,6 +12,7 @@ weight update. Rules are kept in a registry; ``register_rule`` adds one of your 
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -83,16 +84,29 @@ def rule_names() -> list[str]:
 
 
 def make_rule(name: str, seed: int = 0) -> LocalizedRule:
-    """The registered rule of that name.
+    """The registered rule of that name, or the class that ``package.module:Class`` names.
 
     Raises:
         ValueError: no such rule; the message lists those there are.
     """
+    module_name, colon, class_name = name.partition(":")
+    if colon:
+        return _imported_rule(module_name, class_name)(seed)
     if name not in _RULES:
         close = difflib.get_close_matches(name, _RULES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"localized.rule must be one of {', '.join(['none', *rule_names()])}, got {name!r}{hint}")
     return _RULES[name](seed)
+
+
+def _imported_rule(module_name: str, class_name: str) -> type[LocalizedRule]:
+    try:
+        rule = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"localized.rule {module_name}:{class_name} cannot be imported: {error}") from None
+    if not (isinstance(rule, type) and issubclass(rule, LocalizedRule)):
+        raise ValueError(f"localized.rule {module_name}:{class_name} must be a class derived from LocalizedRule")
+    return rule
 
 
 @register_rule("hebbian")
@@ -112,13 +126,21 @@ class AntiHebbian(LocalizedRule):
 class RandomDirection(LocalizedRule):
     """A control: the same length in a direction drawn anew each step from (seed, layer, step), alike on all ranks."""
 
-    # A generator cannot be made inside a compiled graph, nor may each step number compile a graph of its own.
-    @torch.compiler.disable
     def delta(self, layer: Layer, a: Tensor, z: Tensor, step: int) -> Tensor:
-        weight = layer.weight
-        generator = torch.Generator(device=weight.device)
-        generator.manual_seed(hash((self.seed, layer.index, step)) & 0x7FFF_FFFF_FFFF_FFFF)
-        return torch.randn(weight.shape, generator=generator, device=weight.device)
+        return _random_direction(layer.weight, self.seed, layer.index, step)
+
+
+# A generator cannot be made inside a compiled graph: as an operator of its own the draw is a node like any other.
+@torch.library.custom_op("locsgd_dist::random_direction", mutates_args=())
+def _random_direction(weight: Tensor, seed: int, layer: int, step: int) -> Tensor:
+    generator = torch.Generator(device=weight.device)
+    generator.manual_seed(hash((seed, layer, step)) & 0x7FFF_FFFF_FFFF_FFFF)
+    return torch.randn(weight.shape, generator=generator, device=weight.device)
+
+
+@_random_direction.register_fake
+def _(weight: Tensor, seed: int, layer: int, step: int) -> Tensor:
+    return torch.empty(weight.shape, device=weight.device)
 
 
 @register_rule("frozen")

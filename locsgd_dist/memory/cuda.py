@@ -25,7 +25,7 @@ class CudaMemory:
         self._baselines = {} if torch.cuda.is_initialized() or not use_nvml else nvml.used_by_uuid()
         self._baseline: int | None = None
         self._nvml: nvml.NvmlDevice | None = None
-        self._identified = False
+        self._nvml_device()
 
     def read(self) -> Readings:
         """Bytes now and at the allocator's peaks, by the names of the trace's columns."""
@@ -75,26 +75,26 @@ class CudaMemory:
         return readings
 
     def _nvml_device(self) -> nvml.NvmlDevice | None:
-        """The device in NVML, looked up again once CUDA can name it: before, only the environment could."""
-        if not self._use_nvml:
-            return None
-        initialized = torch.cuda.is_initialized()
-        if self._nvml is None or (initialized and not self._identified):
-            self.close()
-            self._identify(initialized)
+        """The device in NVML, from the moment on that it can be told which it is."""
+        if self._use_nvml and self._nvml is None and (selector := self._selector()) is not None:
+            self._nvml = nvml.open_device(selector)
+            if self._nvml is None:
+                self._use_nvml = False  # open_device said why, once is enough
+            else:
+                self._baseline = self._baselines.get(self._nvml.uuid, self._late_baseline(self._nvml))
         return self._nvml
 
-    def _identify(self, initialized: bool) -> None:
+    def _selector(self) -> str | int | None:
+        """What singles out the device; None while only a number could, since CUDA and NVML count differently."""
         uuid = None
-        if initialized:
+        if initialized := torch.cuda.is_initialized():
             uuid = getattr(torch.cuda.get_device_properties(self._device), "uuid", None)
-            self._identified = True
-        selector = nvml.device_selector(self._device.index or 0, str(uuid) if uuid is not None else None)
-        self._nvml = nvml.open_device(selector)
-        if self._nvml is None:
-            self._use_nvml = False  # said once by open_device
-            return
-        self._baseline = self._baselines.get(self._nvml.uuid)
-        if self._baseline is None and (memory := self._nvml.memory()) is not None:
-            reserved = torch.cuda.memory_reserved(self._device) if initialized else 0
-            self._baseline = memory.used - reserved
+        selector = nvml.device_selector(self._device.index or 0, None if uuid is None else str(uuid))
+        return selector if initialized or isinstance(selector, str) else None
+
+    def _late_baseline(self, device: nvml.NvmlDevice) -> int | None:
+        """What others use now: a MIG device's baseline, or any if CUDA came first."""
+        memory = device.memory()
+        if memory is None:
+            return None
+        return memory.used - (torch.cuda.memory_reserved(self._device) if torch.cuda.is_initialized() else 0)

@@ -7,6 +7,7 @@ give is ``None``, and the reason is logged once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -64,7 +65,7 @@ class NvmlDevice:
 
     def close(self) -> None:
         """Give NVML back; the device must not be used afterwards."""
-        self._ask("shutdown", pynvml.nvmlShutdown)
+        _shutdown()
 
     def _compute_processes(self) -> list[Any]:
         try:
@@ -101,7 +102,7 @@ def open_device(selector: str | int) -> NvmlDevice | None:
         return NvmlDevice(handle, str(pynvml.nvmlDeviceGetUUID(handle)))
     except pynvml.NVMLError as error:
         logger.warning("NVML does not know GPU %s (%s): memory comes from the allocator alone", selector, error)
-        pynvml.nvmlShutdown()
+        _shutdown()
         return None
 
 
@@ -119,7 +120,7 @@ def used_by_uuid() -> dict[str, int]:
     except pynvml.NVMLError as error:
         logger.debug("NVML gave no complete baseline: %s", error)
     finally:
-        pynvml.nvmlShutdown()
+        _shutdown()
     return used
 
 
@@ -152,3 +153,8 @@ def _handle(selector: str | int) -> Any:
         if len(matches) != 1:
             raise
         return matches[0]
+
+
+def _shutdown() -> None:
+    with contextlib.suppress(pynvml.NVMLError):  # a driver that is gone needs no farewell
+        pynvml.nvmlShutdown()

@@ -120,9 +120,7 @@ def _torchvision_builder(config: ModelConfig, name: str) -> Callable[..., nn.Mod
         names = {n: f"torchvision:{n}" for n in classifiers}
         raise ValueError(f"model.name {config.name} is no classifier of torchvision{_suggest(name, names)}")
     if name in TUPLE_OUTPUT and config.kwargs.get("aux_logits") is not False:
-        raise ValueError(
-            f"model.kwargs must set aux_logits: false for {config.name}: its loss would get a tuple"
-        )
+        raise ValueError(f"model.kwargs must set aux_logits: false for {config.name}: its loss would get a tuple")
     return partial(torchvision.models.get_model, name)
 
 
@@ -145,17 +143,13 @@ def _imported_builder(config: ModelConfig) -> Callable[..., nn.Module]:
         # A module missing *inside* the user's is their traceback to read, not a mistyped model.name.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(
-            f"model.name {config.name}: there is no module {module_name} on the Python path"
-        ) from error
+        raise ValueError(f"model.name {config.name}: there is no module {module_name} on the Python path") from error
     except (TypeError, ValueError) as error:  # what importlib makes of an empty or a relative name
         raise ValueError(f"model.name {config.name} must read package.module:factory") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         names = {n: f"{module_name}:{n}" for n, value in vars(module).items() if callable(value)}
-        raise ValueError(
-            f"model.name {config.name}: {module_name} has no such factory{_suggest(attribute, names)}"
-        )
+        raise ValueError(f"model.name {config.name}: {module_name} has no such factory{_suggest(attribute, names)}")
     try:
         inspect.signature(factory).bind(num_classes=10, **config.kwargs)
     except TypeError as error:
@@ -173,9 +167,7 @@ def _construct(builder: Callable[..., Any], config: ModelConfig, num_classes: in
             raise  # not a matter of the configuration: keep the traceback
         raise ValueError(f"model.kwargs does not fit {config.name}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model.name {config.name} must return a torch.nn.Module, got {type(model).__name__}"
-        )
+        raise ValueError(f"model.name {config.name} must return a torch.nn.Module, got {type(model).__name__}")
     return model
 
 

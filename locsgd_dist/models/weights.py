@@ -23,9 +23,7 @@ def check_weights_file(path: str) -> None:
     if not Path(path).is_file():
         raise ValueError(f"model.weights must be DEFAULT, null or the path of a state_dict; no file {path}")
     if Path(path).suffix == ".safetensors" and importlib.util.find_spec("safetensors") is None:
-        raise ValueError(
-            f"model.weights={path} needs safetensors, which is not installed: pip install safetensors"
-        )
+        raise ValueError(f"model.weights={path} needs safetensors, which is not installed: pip install safetensors")
 
 
 def read_state_dict(path: str) -> dict[str, Any]:
@@ -46,12 +44,8 @@ def read_state_dict(path: str) -> dict[str, Any]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"model.weights={path} is damaged or holds more than tensors; save a state_dict"
-        ) from error
-    except (
-        Exception
-    ) as error:  # zip, pickle and safetensors each fail in their own way: the file is what is wrong
+        raise ValueError(f"model.weights={path} is damaged or holds more than tensors; save a state_dict") from error
+    except Exception as error:  # zip, pickle and safetensors each fail in their own way: the file is what is wrong
         reason = " ".join(str(error).split())
         raise ValueError(f"model.weights={path} cannot be read: {reason or type(error).__name__}") from error
     for key in ("state_dict", "model"):

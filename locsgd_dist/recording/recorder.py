@@ -82,10 +82,10 @@ class Recorder:
 
     def close(self) -> None:
         """Closes every sink, also when closing one of them fails."""
+        sinks, self._sinks = self._sinks, ()
         with ExitStack() as stack:
-            for sink in reversed(self._sinks):  # a stack unwinds backwards: files first, the report of them last
+            for sink in reversed(sinks):  # a stack unwinds backwards: files first, the report of them last
                 stack.callback(sink.close)
-        self._sinks = ()
 
     def __enter__(self) -> Self:
         return self

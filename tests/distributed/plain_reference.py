@@ -17,7 +17,7 @@ Weights = dict[str, np.ndarray]
 
 
 class PlainNet(nn.Module):
-    """Four convolutions (one strided and grouped, one depthwise) and a classifier; nothing couples samples of a batch."""
+    """Four convolutions (strided and grouped, depthwise) and a classifier; nothing couples samples of a batch."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -78,9 +78,12 @@ def gradients_of(model: nn.Module) -> Weights:
 class PlainTraining:
     """LoCal+SGD of a :class:`PlainNet` in one process: autograd, ``torch.optim.SGD`` and eq. 4 written out."""
 
-    def __init__(self, model: PlainNet, *, lr: float = 0.05, local_lr: float = 0.02) -> None:
+    def __init__(
+        self, model: PlainNet, *, lr: float = 0.05, local_lr: float = 0.02, label_smoothing: float = 0.0
+    ) -> None:
         self.model = model
         self.local_lr = local_lr
+        self.label_smoothing = label_smoothing
         self.boundary = 0
         self.deltas: dict[int, Tensor] = {}
         self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-2)
@@ -103,7 +106,7 @@ class PlainTraining:
         for index in range(self.boundary):
             delta = local_update(self.model, index, images if shards is None else shards[index])
             self.deltas[index] = self.deltas[index] + delta if index in self.deltas else delta
-        loss = F.cross_entropy(self.model(images), targets)
+        loss = F.cross_entropy(self.model(images), targets, label_smoothing=self.label_smoothing)
         if loss.requires_grad:
             self.optimizer.zero_grad()
             loss.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import weakref
 from typing import Any
@@ -39,7 +40,7 @@ def wide_net(seed: int = 0) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sizes = (64, 600, 500, 300, 5)
-        linears = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+        linears = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     return nn.Sequential(*[m for linear in linears for m in (linear, nn.Tanh())][:-1])
 
 
@@ -88,9 +89,12 @@ def test_training_equals_one_process_on_the_whole_batch(ranks: Any, boundary: in
     assert_bit_equal([weights for _, weights in results])
 
 
-def accumulate_across_a_shift() -> Weights:
+def accumulate_across_a_shift() -> tuple[Weights, list[int]]:
+    """Weights after the last step, and the bytes that each step has sent."""
     model = PlainNet()
-    region = RegionDDP(model, dist.group.WORLD)
+    traffic = Traffic()
+    sent = []
+    region = RegionDDP(model, dist.group.WORLD, traffic)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     for step, boundary in enumerate((0, 0, 2, 2)):
         if step == 2:
@@ -107,19 +111,23 @@ def accumulate_across_a_shift() -> Weights:
         (F.cross_entropy(region(micro[-1][0]), micro[-1][1]) / 4).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return weights_of(model)
+        sent.append(traffic.take().gradient_bytes)
+    return weights_of(model), sent
 
 
 def test_four_micro_batches_across_a_shift_equal_one_large_batch(two_ranks: Any) -> None:
     results = two_ranks.run(accumulate_across_a_shift)
 
     plain = PlainTraining(PlainNet(), local_lr=0.0)
+    once = []
     for step, boundary in enumerate((0, 0, 2, 2)):
         plain.shift(boundary)
         plain.step(*samples(4 * GLOBAL_BATCH, step))
-    for weights in results:
+        once.append(sum(4 * p.numel() for p in plain.model.parameters() if p.requires_grad))
+    for weights, sent in results:
         assert_close(weights, weights_of(plain.model))
-    assert_bit_equal(results)
+        assert sent == once, "a micro-batch before the last one has sent its gradients"
+    assert_bit_equal([weights for weights, _ in results])
 
 
 def test_bf16_gradients_are_within_their_rounding(ranks: Any) -> None:

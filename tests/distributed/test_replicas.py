@@ -51,13 +51,13 @@ class Training:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=self.memory_format)
         self.learner = LocalizedLearner(self.model, torch.zeros(1, 3, 8, 8), rule=rule, lr=LOCAL_LR)
+        self.learner.advance(boundary)
         self.traffic = Traffic()
         self.region = RegionDDP(self.model, dist.group.WORLD, self.traffic)
         config = ReplicaConfig(mode=mode, every=every)
         self.replicas = make_replicas(config, self.learner, dist.group.WORLD, self.traffic, overlap=overlap)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
         self.steps = 0
-        self.shift(boundary)
 
     def shift(self, boundary: int) -> None:
         self.replicas.synchronise()
@@ -313,9 +313,8 @@ def resume_within_a_window(mode: str, every: int) -> tuple[Weights, Weights]:
 
     first = Training(mode, every, boundary=3)
     first.run(5)
-    model = PlainNet()
-    model.load_state_dict(first.model.state_dict())
-    second = Training(mode, every, model=model)
+    second = Training(mode, every)
+    second.model.load_state_dict(first.model.state_dict())
     second.learner.load_state_dict(first.learner.state_dict())
     second.region.refresh()
     second.replicas.refresh()
@@ -356,9 +355,7 @@ def count_bytes(mode: str, every: int, boundary: int, rule: str = "hebbian") -> 
         ("periodic", 3, {2, 5, 8}),
     ],
 )
-def test_replica_bytes_are_counted(
-    two_ranks: Any, mode: str, every: int, sent_after: set[int], boundary: int
-) -> None:
+def test_replica_bytes_are_counted(two_ranks: Any, mode: str, every: int, sent_after: set[int], boundary: int) -> None:
     """Every localized weight once per exchange; index 8 is the flush."""
     payload = localized_bytes(boundary)
     expected = [payload if step in sent_after else 0 for step in range(9)]

@@ -11,6 +11,8 @@ from torch.utils.data import Dataset
 class Blobs(Dataset[tuple[Tensor, int]]):
     """Images whose class is the channel that is brightest: learnable, any size, made on the fly."""
 
+    num_classes = 3
+
     def __init__(self, count: int, size: int, seed: int):
         self._count, self._size, self._seed = count, size, seed
 

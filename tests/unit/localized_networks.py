@@ -11,6 +11,7 @@ import torchvision.models
 from torch import Tensor, nn
 
 from locsgd_dist.models import resnet18, vgg13
+from locsgd_dist.models.cifar import CifarResNet
 
 
 def vision_transformer() -> nn.Module:
@@ -84,8 +85,8 @@ class PlainConvolutions(nn.Module):
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cifar_resnet18": (lambda: resnet18(10, width=4), (3, 32, 32)),
     "cifar_vgg13": (lambda: vgg13(10, width=4), (3, 32, 32)),
-    "resnet34": (lambda: torchvision.models.resnet34(num_classes=10), (3, 32, 32)),
-    "resnet50": (lambda: torchvision.models.resnet50(num_classes=10), (3, 32, 32)),
+    "resnet34": (lambda: CifarResNet((3, 4, 6, 3), 10, width=4), (3, 32, 32)),
+    "resnet50": (lambda: torchvision.models.resnet50(num_classes=10, width_per_group=8), (3, 32, 32)),
     "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.25), (3, 32, 32)),
     "vision_transformer": (vision_transformer, (3, 32, 32)),
     "timm_vision_transformer": (timm_vision_transformer, (3, 32, 32)),

@@ -21,7 +21,6 @@ from locsgd_dist.data import DataConfig, DataShape, check_data, data_shape
         ({"mixup_alpha": -0.1}, r"data\.mixup_alpha must be 0 \(off\) or positive and finite, got -0\.1"),
         ({"cutmix_alpha": float("nan")}, r"data\.cutmix_alpha must be .*, got nan"),
         ({"workers": -2}, r"data\.workers must be -1 .* or at least 0, got -2"),
-        ({"in_memory": "yes", "augmentation": "imagenet_paper"}, r"data\.in_memory=yes needs .*imagenet_paper"),
         ({"kwargs": {"a": 1}}, r"data\.kwargs is for data\.name=package\.module:factory only, got data\.name=digits"),
     ],
 )
@@ -134,15 +133,31 @@ def test_float_images_are_not_resized_held_or_cropped_out_of() -> None:
         return str(caught.value)
 
     assert failing(image_size=32).startswith("data.image_size=32 needs float images of that size")
-    assert failing(in_memory="yes") == "data.in_memory=yes holds uint8 images, but the factory gave torch.float32"
+    assert failing(in_memory=True) == "data.in_memory=true holds uint8 images, but the factory gave torch.float32"
     assert failing(augmentation="imagenet_paper").startswith("data.augmentation=imagenet_* needs PIL or uint8")
 
 
-def test_large_images_held_in_memory_need_an_augmentation_for_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "got"),
+    [
+        ({"name": "imagefolder"}, "auto, which for images of 224 pixels is imagenet_paper"),
+        ({"name": "mnist", "augmentation": "imagenet_paper"}, "imagenet_paper, which for images of 32 pixels is "),
+        ({"name": "digits", "augmentation": "imagenet_torchvision"}, "imagenet_torchvision, which for images of 32 "),
+    ],
+)
+def test_what_is_held_in_memory_needs_an_augmentation_for_it(tmp_path: Path, fields: dict[str, Any], got: str) -> None:
     write_image_folder(tmp_path, per_class=1)
-    config = DataConfig(name="imagefolder", root=str(tmp_path), in_memory="yes")
-    with pytest.raises(ValueError, match=r"^data\.in_memory=yes needs data\.augmentation none, .* more than 64 pixels"):
-        build(config)
+    write_mnist(tmp_path / "MNIST" / "raw")
+    message = check_message(DataConfig(root=str(tmp_path), in_memory=True, **fields))
+    allowed = "data.in_memory=true needs data.augmentation none, crop_flip or crop_flip_cutout, got "
+    assert message.startswith(allowed + got)
+
+
+def test_a_download_that_fails_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"^data\.download: cannot fetch cifar10 into '.*/file/data': ") as caught:
+        build(DataConfig(name="cifar10", root=str(tmp_path / "file" / "data"), download=True))
+    assert "\n" not in str(caught.value)
 
 
 def test_shapes_are_known_without_data(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ def test_small_photographs_are_padded_by_an_eighth_and_flipped() -> None:
 
 def test_digits_are_shifted_a_little_and_never_flipped() -> None:
     assert resolve(DataConfig(), source(photographs=False)).crop_flip == CropFlip(padding=2, flip=False)
+    large = resolve(DataConfig(image_size=128), source(photographs=False))
+    assert large.crop_flip == CropFlip(padding=8, flip=False)
 
 
 def test_larger_images_are_cropped_out_of_by_workers() -> None:
@@ -46,7 +48,7 @@ def test_larger_images_are_cropped_out_of_by_workers() -> None:
 def test_sets_that_augment_themselves_are_left_alone() -> None:
     recipe = resolve(DataConfig(), source(self_augmenting=True))
     assert (recipe.preset, recipe.crop_flip, recipe.in_memory) == (None, None, False)
-    assert resolve(DataConfig(in_memory="yes"), source(self_augmenting=True)).in_memory
+    assert resolve(DataConfig(in_memory=True), source(self_augmenting=True)).in_memory
 
 
 @pytest.mark.parametrize(("num", "fits"), [(349_525, True), (349_526, False)])
@@ -54,8 +56,8 @@ def test_sets_are_held_up_to_two_gibibytes_of_both_splits(num: int, fits: bool) 
     assert ((2 * num * 32 * 32 * 3) <= 2**31) == fits
     large = source(num)
     assert resolve(DataConfig(), large).in_memory == fits
-    assert resolve(DataConfig(in_memory="yes"), large).in_memory
-    assert not resolve(DataConfig(in_memory="no"), large).in_memory
+    assert resolve(DataConfig(in_memory=True), large).in_memory
+    assert not resolve(DataConfig(in_memory=False), large).in_memory
     assert resolve(DataConfig(train_samples=10), large).in_memory
 
 

@@ -166,12 +166,12 @@ def test_train_samples_take_the_same_balanced_subset_for_every_seed(tmp_path: Pa
     assert {tuple(image.flatten().tolist()) for image in other.images} != subsets[0]
 
 
-@pytest.mark.parametrize("in_memory", ["auto", "yes"])
-def test_a_data_set_of_ones_own(in_memory: str) -> None:
+@pytest.mark.parametrize("in_memory", ["auto", True])
+def test_a_data_set_of_ones_own(in_memory: Any) -> None:
     config = DataConfig(name="data_sets:Numbered", kwargs={"num": 12, "channels": 1}, in_memory=in_memory, workers=0)
     bundle = build(config, batch=12)
     # What it does at random would freeze in memory, so it stays where it is unless asked for.
-    assert (bundle.resident_bytes > 0) == (in_memory == "yes")
+    assert (bundle.resident_bytes > 0) == (in_memory is True)
     assert bundle.input_shape == (3, 16, 16)
     (batch,) = bundle.train
     expected = Numbered("train", num=12, channels=1).images[batch.targets].expand(-1, 3, -1, -1)

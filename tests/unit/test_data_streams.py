@@ -11,7 +11,7 @@ from torch import Tensor
 from locsgd_dist.data import Batch, DataBundle, DataConfig
 
 CONFIG = DataConfig(
-    name="data_sets:Numbered", in_memory="yes", augmentation="crop_flip_cutout", kwargs={"num": 61, "num_val": 23}
+    name="data_sets:Numbered", in_memory=True, augmentation="crop_flip_cutout", kwargs={"num": 61, "num_val": 23}
 )
 
 
@@ -140,7 +140,7 @@ def test_seed_decides_order_and_pictures() -> None:
 def test_evaluation_sees_each_sample_once_and_unaugmented(world_size: int, val_batch: int | None) -> None:
     config = DataConfig(
         name=CONFIG.name,
-        in_memory="yes",
+        in_memory=True,
         augmentation="crop_flip_cutout",
         val_batch=val_batch,
         kwargs={"num": 61, "num_val": 23},
@@ -150,7 +150,7 @@ def test_evaluation_sees_each_sample_once_and_unaugmented(world_size: int, val_b
     plain: DataBundle | None = None
     for rank in range(world_size):
         bundle = build(config, rank=rank, world_size=world_size)
-        plain = plain or build(DataConfig(name=CONFIG.name, in_memory="yes", augmentation="none", kwargs=config.kwargs))
+        plain = plain or build(DataConfig(name=CONFIG.name, in_memory=True, augmentation="none", kwargs=config.kwargs))
         batches = list(bundle.val)
         assert len(batches) == len(bundle.val)
         # What the contract promises of the order: this rank's samples are every world_size-th.

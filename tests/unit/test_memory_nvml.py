@@ -15,12 +15,20 @@ from typing import Any
 
 import pytest
 
-from locsgd_dist.memory.nvml import device_selector
+from locsgd_dist.memory import nvml
 
 STUB_SOURCE = Path(__file__).parent / "nvml_stub" / "nvml_stub.c"
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler for the NVML stub")
 
+# From its file: the package would import torch, seconds for each of these processes.
+LOAD_NVML = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("nvml", {nvml.__file__!r})
+nvml = importlib.util.module_from_spec(spec)
+sys.modules["nvml"] = nvml  # dataclasses look their module up
+spec.loader.exec_module(nvml)
+"""
 PRELUDE = """
 import ctypes, json, logging, os
 from pathlib import Path
@@ -60,7 +68,7 @@ def run(build_stub: Callable[..., Path], tmp_path: Path) -> Run:
         (tmp_path / "gpus.txt").write_text(file)
         environ = {**os.environ, "LD_LIBRARY_PATH": str(build_stub(*missing)), **env}
         environ["NVML_STUB_FILE"] = str(tmp_path / "gpus.txt")
-        program = PRELUDE + textwrap.dedent(script) + "\nprint(json.dumps(out))"
+        program = LOAD_NVML + PRELUDE + textwrap.dedent(script) + "\nprint(json.dumps(out))"
         done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1]), done.stderr
@@ -72,7 +80,6 @@ def run(build_stub: Callable[..., Path], tmp_path: Path) -> Run:
 def test_memory_falls_as_the_device_frees_it(run: Run) -> None:
     out, log = run(
         """
-        from locsgd_dist.memory import nvml
         device = nvml.open_device(0)
         out["used"] = []
         for used in (3000, 7000, 2000):
@@ -93,7 +100,6 @@ def test_memory_falls_as_the_device_frees_it(run: Run) -> None:
 @needs_compiler
 def test_a_uuid_finds_its_device_whatever_the_order(run: Run) -> None:
     script = """
-        from locsgd_dist.memory import nvml
         lines = gpus.read_text().splitlines()
         for name, order in (("straight", lines), ("swapped", lines[::-1])):
             gpus.write_text("\\n".join(order))
@@ -114,7 +120,6 @@ def test_a_uuid_finds_its_device_whatever_the_order(run: Run) -> None:
 def test_a_mig_device_is_found_by_its_uuid(run: Run) -> None:
     out, _ = run(
         """
-        from locsgd_dist.memory import nvml
         selector = nvml.device_selector(0, cuda_uuid="aaaa-1111")
         device = nvml.open_device(selector)
         out |= {"selector": selector, "total": device.memory().total, "mine": device.process_used()}
@@ -139,7 +144,6 @@ def test_a_mig_device_is_found_by_its_uuid(run: Run) -> None:
 def test_own_use_is_given_only_where_the_driver_tells_it(run: Run, processes: str, used: int | None, said: str) -> None:
     out, log = run(
         """
-        from locsgd_dist.memory import nvml
         device = nvml.open_device(0)
         out["used"] = [device.process_used() for _ in range(3)]
         """,
@@ -165,7 +169,6 @@ def test_missing_symbols_of_older_drivers_are_missing_values(
 ) -> None:
     out, log = run(
         """
-        from locsgd_dist.memory import nvml
         device = nvml.open_device("GPU-aaaa-1111")
         for _ in range(3):
             memory = device.memory()
@@ -182,7 +185,6 @@ def test_missing_symbols_of_older_drivers_are_missing_values(
 def test_a_driver_error_in_mid_run_is_a_gap_not_a_crash(run: Run) -> None:
     out, log = run(
         """
-        from locsgd_dist.memory import nvml
         device = nvml.open_device(0)
         healthy = gpus.read_text()
         out["used"] = []
@@ -214,7 +216,6 @@ def test_a_device_that_cannot_be_opened_is_none_with_the_reason(
 ) -> None:
     out, log = run(
         f"""
-        from locsgd_dist.memory import nvml
         out["device"] = nvml.open_device({selector!r})
         out["baseline"] = nvml.used_by_uuid()
         out["users"] = ctypes.CDLL("libnvidia-ml.so.1").stubUsers()
@@ -230,10 +231,12 @@ def test_a_device_that_cannot_be_opened_is_none_with_the_reason(
 def test_no_library_at_all(tmp_path: Path) -> None:
     """Where a machine has NVML, a file that is no library hides it."""
     (tmp_path / "libnvidia-ml.so.1").write_text("not a library")
-    script = """
-from locsgd_dist.memory import nvml
+    script = (
+        LOAD_NVML
+        + """
 print(nvml.open_device(0), nvml.used_by_uuid())
 """
+    )
     environ = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=120)
     assert done.stdout == "None {}\n", done.stderr
@@ -302,4 +305,4 @@ def test_the_monitor_follows_nvml_through_a_run(run: Run, tmp_path: Path) -> Non
 )
 def test_device_selector(visible: str | None, cuda_uuid: str | None, expected: str | int) -> None:
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert device_selector(1, cuda_uuid, environ) == expected
+    assert nvml.device_selector(1, cuda_uuid, environ) == expected

@@ -47,9 +47,7 @@ def vgg13_macs(width: int, num_classes: int) -> int:
 
 
 def resnet18_params(w: int, num_classes: int) -> int:
-    convs = (
-        27 * w + 4 * 9 * w * w + sum(9 * a * 2 * a + 3 * 9 * 4 * a * a + 2 * a * a for a in (w, 2 * w, 4 * w))
-    )
+    convs = 27 * w + 4 * 9 * w * w + sum(9 * a * 2 * a + 3 * 9 * 4 * a * a + 2 * a * a for a in (w, 2 * w, 4 * w))
     norms = 2 * (w + 4 * w + 5 * (2 * w + 4 * w + 8 * w))
     return convs + norms + 8 * w * num_classes + num_classes
 

@@ -44,9 +44,7 @@ def save(state: Any, path: Path) -> str:
 
 def assert_same_network(ours: nn.Module, theirs: nn.Module) -> None:
     """Same parameters and buffers, each of the same shape, and interchangeable weights."""
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {
-        k: v.shape for k, v in theirs.state_dict().items()
-    }
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
 
@@ -118,9 +116,7 @@ def test_width_narrows_the_cifar_networks() -> None:
         ({"weights": "missing.pt"}, "no file missing.pt"),
     ],
 )  # fmt: skip
-def test_check_model_names_the_key_and_the_remedy(
-    user_module: str, config: dict[str, Any], message: str
-) -> None:
+def test_check_model_names_the_key_and_the_remedy(user_module: str, config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="model") as caught:
         check_model(ModelConfig(**config))
     assert message in str(caught.value)

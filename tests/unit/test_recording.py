@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from locsgd_dist.recording import Recorder, RunConfig, RunDirectory, Sink, check_run, read_jsonl, write_atomically
+from locsgd_dist.recording.sinks import JsonlSink
 
 QUIET = RunConfig(console="quiet", report_every=0)
 
@@ -21,6 +22,12 @@ def open_recorder(
     path: Path, *, rank: int = 0, config: RunConfig = QUIET, yaml: str = "train:\n  epochs: 4\n"
 ) -> Recorder:
     return Recorder.open(path, config, rank=rank, config_yaml=yaml)
+
+
+def open_files(path: Path) -> Recorder:
+    """A recorder of metrics and events alone."""
+    path.mkdir(exist_ok=True)
+    return Recorder([JsonlSink(RunDirectory(path))])
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -49,7 +56,7 @@ def test_run_dir_must_not_be_a_file(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_number_becomes_json(tmp_path: Path) -> None:
-    with open_recorder(tmp_path / "run") as recorder:
+    with open_files(tmp_path / "run") as recorder:
         recorder.epoch(
             {
                 "epoch": 0,
@@ -78,7 +85,7 @@ def test_every_kind_of_number_becomes_json(tmp_path: Path) -> None:
 
 def test_a_value_that_is_no_data_is_refused(tmp_path: Path) -> None:
     with (
-        open_recorder(tmp_path / "run") as recorder,
+        open_files(tmp_path / "run") as recorder,
         pytest.raises(TypeError, match="cannot record a value of type object"),
     ):
         recorder.epoch({"epoch": 0, "what": object()})
@@ -86,7 +93,7 @@ def test_a_value_that_is_no_data_is_refused(tmp_path: Path) -> None:
 
 
 def test_events_carry_the_time(tmp_path: Path) -> None:
-    with open_recorder(tmp_path / "run") as recorder:
+    with open_files(tmp_path / "run") as recorder:
         recorder.event("shift", epoch=3, samples_seen=90, boundary_from=2, boundary_to=4)
     (event,) = lines(tmp_path / "run" / "events.jsonl")
     written = (tmp_path / "run" / "events.jsonl").stat().st_mtime
@@ -96,7 +103,7 @@ def test_events_carry_the_time(tmp_path: Path) -> None:
 
 
 def test_a_line_is_on_disk_when_the_call_returns(tmp_path: Path) -> None:
-    with open_recorder(tmp_path / "run") as recorder:
+    with open_files(tmp_path / "run") as recorder:
         recorder.epoch({"epoch": 0})
         assert lines(tmp_path / "run" / "metrics.jsonl") == [{"epoch": 0}]
 
@@ -128,7 +135,7 @@ def test_unusable_configuration_is_an_empty_one(tmp_path: Path, text: str) -> No
 
 def test_a_torn_last_line_is_left_out_and_not_continued(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with open_recorder(run) as recorder:
+    with open_files(run) as recorder:
         recorder.epoch({"epoch": 0, "val_top1": 0.5})
         recorder.epoch({"epoch": 1, "val_top1": 0.6})
     whole = (run / "metrics.jsonl").read_bytes()
@@ -136,7 +143,7 @@ def test_a_torn_last_line_is_left_out_and_not_continued(tmp_path: Path) -> None:
         (run / "metrics.jsonl").write_bytes(whole[:-cut])
         complete = cut == 1  # only the line's end is missing
         assert [m["epoch"] for m in RunDirectory(run).load_metrics()] == ([0, 1] if complete else [0])
-        with open_recorder(run) as recorder:
+        with open_files(run) as recorder:
             recorder.epoch({"epoch": 2})
         assert [m["epoch"] for m in lines(run / "metrics.jsonl")] == ([0, 1, 2] if complete else [0, 2])
 
@@ -163,10 +170,10 @@ def record_epochs(recorder: Recorder, epochs: range, note: str) -> None:
 
 def test_a_resumed_run_has_every_epoch_and_event_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with open_recorder(run) as recorder:
+    with open_files(run) as recorder:
         record_epochs(recorder, range(4), "first")
         recorder.event("preempt", epoch=4, samples_seen=430)
-    with open_recorder(run) as recorder:
+    with open_files(run) as recorder:
         recorder.truncate_to(1)
         recorder.event("resume", epoch=2, samples_seen=200)
         record_epochs(recorder, range(2, 4), "second")
@@ -180,7 +187,7 @@ def test_a_resumed_run_has_every_epoch_and_event_once(tmp_path: Path) -> None:
 
 def test_a_checkpoint_inside_an_epoch_keeps_what_came_before_it(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with open_recorder(run) as recorder:
+    with open_files(run) as recorder:
         record_epochs(recorder, range(3), "first")
         recorder.truncate_to(1, samples_seen=250)
     assert [m["epoch"] for m in lines(run / "metrics.jsonl")] == [0, 1]
@@ -189,19 +196,13 @@ def test_a_checkpoint_inside_an_epoch_keeps_what_came_before_it(tmp_path: Path) 
 
 def test_nothing_is_left_before_the_first_epoch(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with open_recorder(run) as recorder:
+    with open_files(run) as recorder:
         record_epochs(recorder, range(2), "first")
         recorder.truncate_to(-1)
         recorder.epoch({"epoch": 0, "samples_seen": 100})
     assert lines(run / "metrics.jsonl") == [{"epoch": 0, "samples_seen": 100}]
     assert lines(run / "events.jsonl") == []
-    assert sorted(p.name for p in run.iterdir()) == [
-        "config.yaml",
-        "events.jsonl",
-        "metrics.jsonl",
-        "plots",
-        "report.html",
-    ]
+    assert sorted(p.name for p in run.iterdir()) == ["events.jsonl", "metrics.jsonl"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

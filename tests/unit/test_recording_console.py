@@ -111,7 +111,7 @@ def test_a_terminal_gets_a_table_that_never_wraps(width: int) -> None:
     console = RichConsole(12, Console(file=out, force_terminal=True, width=width, color_system=None))
     console.epoch(EPOCH)
     console.epoch({**EPOCH, "epoch": 3})
-    console.event({"type": "oom", "message": "[red]not markup[/red]"})
+    console.event({"type": "oom", "message": "[b]text[/b]"})
     console.close()
     header, first, second, event = out.getvalue().splitlines()
     assert header.split()[:4] == ["epoch", "boundary", "batch", "loss"]
@@ -119,7 +119,7 @@ def test_a_terminal_gets_a_table_that_never_wraps(width: int) -> None:
     assert second.split()[0] == "4/12"
     assert max(map(len, (header, first, second))) <= width
     assert ("footprint" in header) == (width == 100)
-    assert event == "oom: out of memory: [red]not markup[/red]"
+    assert event == "oom: out of memory: [b]text[/b]"
 
 
 def test_the_progress_bar_is_gone_when_the_recorder_is_closed() -> None:
