@@ -46,14 +46,14 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
         self.directory = RunDirectory(config.run.dir)
+        # Before the first use of CUDA, so that the context counts in the footprint.
+        self.monitor = self._closing(FootprintMonitor(config.monitor, device))
         self.runtime = self._closing(Runtime(device, config.distributed))
         if config.run.resume == "never":
             if self.runtime.is_main:
                 move_aside(self.directory.path)
             self.runtime.barrier()
-        self.monitor = self._closing(
-            FootprintMonitor(config.monitor, device, rank=self.runtime.rank, csv_path=self.directory.memory)
-        )
+        self.monitor.start_trace(self.directory.memory, self.runtime.rank)
         self.data = self._closing(
             build_data(
                 config.data,

@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 from locsgd_dist.data.hashing import coin, hash_indices, uniform_int
+from locsgd_dist.data.normalization import Normalization
 
 _CROP_STREAM, _CUTOUT_STREAM = 1, 2
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """Mean and standard deviation of the three channels of images in [0, 1]."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from locsgd_dist.data.augment import BatchTransform, Normalization
+from locsgd_dist.data.augment import BatchTransform
 from locsgd_dist.data.checks import check_source
 from locsgd_dist.data.config import DataConfig
-from locsgd_dist.data.decode import decode, measure
+from locsgd_dist.data.decode import decode
 from locsgd_dist.data.in_memory import InMemoryFetcher
-from locsgd_dist.data.items import Fit
+from locsgd_dist.data.items import Fit, Items
 from locsgd_dist.data.loader import SampleDataset, WorkerFetcher, resolve_workers
 from locsgd_dist.data.mixing import Mixer
+from locsgd_dist.data.normalization import Normalization
 from locsgd_dist.data.presets import eval_transform, train_transform
-from locsgd_dist.data.recipe import SMALL_SIDE, Recipe, resolve, resolve_normalization
+from locsgd_dist.data.recipe import SMALL_SIDE, Recipe, resolve
 from locsgd_dist.data.sampler import EpochSampler
 from locsgd_dist.data.sources import Source, open_source
 from locsgd_dist.data.streams import EvalStream, Fetcher, TrainStream
@@ -59,16 +60,6 @@ class DataBundle:
         self.close()
 
 
-@dataclass(frozen=True)
-class _Splits:
-    """Both splits, ready to be fetched."""
-
-    train: Fetcher
-    val: Fetcher
-    normalization: Normalization
-    resident_bytes: int
-
-
 def build_data(
     config: DataConfig,
     *,
@@ -99,14 +90,18 @@ def build_data(
     check_source(config, source)
     recipe = resolve(config, source)
     chosen = _choose(config, source)
+    train_fetcher: Fetcher
+    val_fetcher: Fetcher
+    resident_bytes = 0
     if recipe.in_memory:
-        splits = _hold(config, source, recipe, chosen, device, local_world_size)
+        train_fetcher, val_fetcher = _hold(config, source, recipe, chosen, device, local_world_size)
+        resident_bytes = train_fetcher.nbytes + val_fetcher.nbytes
     else:
-        splits = _decode_along(config, source, recipe, chosen, device, local_world_size, seed)
+        train_fetcher, val_fetcher = _decode_along(config, source, recipe, chosen, device, local_world_size, seed)
 
     train_transform, val_transform = (
         BatchTransform(
-            splits.normalization,
+            recipe.normalization,
             augmentation=augmentation,
             seed=seed,
             device=device,
@@ -124,10 +119,12 @@ def build_data(
         input_shape=(3, recipe.size, recipe.size),
         num_train=len(chosen),
         num_val=len(source.val),
-        train=TrainStream(sampler, splits.train, train_transform, mix),
-        val=EvalStream(len(source.val), splits.val, val_transform, rank=rank, world_size=world_size, per_gpu=val_batch),
-        normalization=splits.normalization,
-        resident_bytes=splits.resident_bytes,
+        train=TrainStream(sampler, train_fetcher, train_transform, mix),
+        val=EvalStream(
+            len(source.val), val_fetcher, val_transform, rank=rank, world_size=world_size, per_gpu=val_batch
+        ),
+        normalization=recipe.normalization,
+        resident_bytes=resident_bytes,
     )
 
 
@@ -146,22 +143,16 @@ def _hold(
     chosen: NDArray[np.int64],
     device: torch.device,
     local_world_size: int,
-) -> _Splits:
-    """Decode everything now, to the device."""
+) -> tuple[InMemoryFetcher, InMemoryFetcher]:
+    """Decode both splits now, to the device."""
     # With a cache, one rank of a machine decodes for all of them and may use all cores.
     num_workers = resolve_workers(config.workers, 1 if config.cache else local_world_size)
-    fetchers = []
-    measured = None
-    for items, indices in ((source.train, chosen), (source.val, np.arange(len(source.val)))):
+
+    def hold(items: Items, indices: NDArray[np.int64]) -> InMemoryFetcher:
         images, targets = decode(items, indices, recipe.size, use_cache=config.cache, num_workers=num_workers)
-        measured = measured or measure(images)  # Of the training images, which come first.
-        fetchers.append(InMemoryFetcher(torch.from_numpy(images).to(device), torch.from_numpy(targets).to(device)))
-    return _Splits(
-        train=fetchers[0],
-        val=fetchers[1],
-        normalization=resolve_normalization(config, source, measured),
-        resident_bytes=sum(fetcher.nbytes for fetcher in fetchers),
-    )
+        return InMemoryFetcher(torch.from_numpy(images).to(device), torch.from_numpy(targets).to(device))
+
+    return hold(source.train, chosen), hold(source.val, np.arange(len(source.val)))
 
 
 def _decode_along(
@@ -172,29 +163,18 @@ def _decode_along(
     device: torch.device,
     local_world_size: int,
     seed: int,
-) -> _Splits:
-    """Decode while training goes on."""
-    normalization = resolve_normalization(config, source, None)
+) -> tuple[WorkerFetcher, WorkerFetcher]:
+    """Decode both splits while training goes on."""
     num_workers = resolve_workers(config.workers, local_world_size)
     if recipe.preset is None:
         for_training = for_evaluation = Fit(recipe.size)
     else:
-        for_training = train_transform(recipe.preset, recipe.size, normalization)
+        for_training = train_transform(recipe.preset, recipe.size, recipe.normalization)
         for_evaluation = eval_transform(recipe.preset, recipe.size)
-    return _Splits(
-        train=WorkerFetcher(
-            SampleDataset(source.train, chosen, for_training, seed),
-            num_workers=num_workers,
-            device=device,
-            persistent=True,
-        ),
+    train = SampleDataset(source.train, chosen, for_training, seed)
+    val = SampleDataset(source.val, np.arange(len(source.val)), for_evaluation, seed)
+    return (
+        WorkerFetcher(train, num_workers=num_workers, device=device, persistent=True),
         # These workers come and go with each evaluation: they would hold memory all through the epoch.
-        val=WorkerFetcher(
-            SampleDataset(source.val, np.arange(len(source.val)), for_evaluation, seed),
-            num_workers=num_workers,
-            device=device,
-            persistent=False,
-        ),
-        normalization=normalization,
-        resident_bytes=0,
+        WorkerFetcher(val, num_workers=num_workers, device=device, persistent=False),
     )

@@ -37,9 +37,9 @@ class DataConfig:
     an erased square; imagenet_paper: random resized crop and flip; imagenet_torchvision: TrivialAugment and
     random erasing on top, as torchvision's reference recipe."""
 
-    normalization: Literal["auto", "imagenet"] = "auto"
-    """auto: the set's published mean and deviation, measured ones for other sets held in memory, ImageNet's
-    otherwise. imagenet: ImageNet's, which most pretrained weights expect."""
+    normalization: Literal["auto", "imagenet", "digits", "cifar10", "cifar100", "mnist", "fashion_mnist"] = "auto"
+    """Whose mean and deviation to normalise by (auto: the set's own; ImageNet's for imagefolder, and for a factory
+    whose training set has no `mean` and `std`). Pretrained weights mostly expect imagenet."""
 
     mixup_alpha: float = 0.0
     """MixUp's Beta parameter (0: off). With cutmix_alpha too, each batch draws one of the two."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,7 +9,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional
 
-from locsgd_dist.data.augment import Normalization
 from locsgd_dist.data.cache import cached_array, fingerprint
 from locsgd_dist.data.items import ArrayItems, FileItems, Fit, Items
 from locsgd_dist.data.loader import SampleDataset
@@ -48,22 +45,6 @@ def decode(
         key = fingerprint(items.root, items.names[chosen], f"fit {size}")
         return cached_array(key, lambda: _decode_all(items, chosen, size, num_workers)[0]), items.targets[chosen]
     return _decode_all(items, chosen, size, num_workers)
-
-
-def measure(images: Images) -> Normalization:
-    """Mean and deviation of each channel of [n, H, W, C] images, from exact sums: equal on every machine."""
-    means, deviations = [], []
-    for channel in range(images.shape[-1]):
-        counts = np.zeros(256, dtype=np.int64)
-        for first in range(0, len(images), 4096):
-            counts += np.bincount(images[first : first + 4096, ..., channel].ravel(), minlength=256)
-        num, total, squares = (sum(int(count) * value**k for value, count in enumerate(counts)) for k in range(3))
-        means.append(total / num / 255)
-        # A channel that never varies has no scale of its own; any positive one will do.
-        deviations.append(math.sqrt((num * squares - total**2) / num**2) / 255 or 1.0)
-    if len(means) == 1:
-        means, deviations = means * 3, deviations * 3
-    return Normalization((means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2]))
 
 
 def _decode_all(items: Items, chosen: NDArray[np.int64], size: int, num_workers: int) -> tuple[Images, Classes]:

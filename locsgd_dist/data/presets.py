@@ -8,8 +8,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
-from locsgd_dist.data.augment import Normalization
 from locsgd_dist.data.items import Picture
+from locsgd_dist.data.normalization import Normalization
 
 ImageNetPreset = Literal["imagenet_paper", "imagenet_torchvision"]
 

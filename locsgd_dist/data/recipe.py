@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from locsgd_dist.data.augment import CropFlip, Normalization
+from locsgd_dist.data.augment import CropFlip
 from locsgd_dist.data.config import Augmentation, DataConfig
+from locsgd_dist.data.normalization import NORMALIZATIONS, Normalization
 from locsgd_dist.data.presets import ImageNetPreset
 from locsgd_dist.data.sources import Source
-
-IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 AUTO_IN_MEMORY_BYTES = 2 << 30
 """Up to here `data.in_memory=auto` holds a set on the device. A constant, so that all ranks decide alike."""
@@ -27,6 +26,7 @@ class Recipe:
     """Side of the input in pixels."""
 
     in_memory: bool
+    normalization: Normalization
 
     preset: ImageNetPreset | None
     """Augmentation of undecoded originals, by workers."""
@@ -36,7 +36,7 @@ class Recipe:
 
 
 def resolve(config: DataConfig, source: Source) -> Recipe:
-    """Decide size, augmentation and place.
+    """Decide size, place, normalisation and augmentation.
 
     Raises:
         ValueError: where `data.in_memory=true` meets an augmentation that needs the originals.
@@ -51,16 +51,12 @@ def resolve(config: DataConfig, source: Source) -> Recipe:
     return Recipe(
         size,
         in_memory=preset is None and (fits if config.in_memory == "auto" else config.in_memory),
+        normalization=(
+            source.normalization if config.normalization == "auto" else NORMALIZATIONS[config.normalization]
+        ),
         preset=preset,
         crop_flip=_crop_flip(augmentation, source, size),
     )
-
-
-def resolve_normalization(config: DataConfig, source: Source, measured: Normalization | None) -> Normalization:
-    """The configured mean and deviation, or the set's own, or those `measured`, or ImageNet's."""
-    if config.normalization == "imagenet":
-        return IMAGENET
-    return source.normalization or measured or IMAGENET
 
 
 def resolve_augmentation(config: DataConfig, size: int, *, photographs: bool, self_augmenting: bool) -> Augmentation:

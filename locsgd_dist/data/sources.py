@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms.v2 import functional
 
-from locsgd_dist.data.augment import Normalization
 from locsgd_dist.data.config import DataConfig
 from locsgd_dist.data.items import ArrayItems, DatasetItems, FileItems, Items
+from locsgd_dist.data.normalization import NORMALIZATIONS, Normalization
 from locsgd_dist.data.standard_sets import STANDARD_SETS
 
 NAMES = ("digits", *STANDARD_SETS, "imagefolder")
@@ -33,8 +33,8 @@ class Source:
     image_size: int
     """The usual input size; `data.image_size` overrides it."""
 
-    normalization: Normalization | None = None
-    """The set's own mean and deviation, where they are known ahead."""
+    normalization: Normalization = NORMALIZATIONS["imagenet"]
+    """`data.normalization` overrides it."""
 
     photographs: bool = True
     """Mirrored images are as good as the originals; digits, which this is not true of, are shifted less too."""
@@ -84,6 +84,7 @@ def digits() -> Source:
         ArrayItems(images[val], targets[val]),
         num_classes=10,
         image_size=32,
+        normalization=NORMALIZATIONS["digits"],
         photographs=False,
     )
 
@@ -96,7 +97,7 @@ def standard(config: DataConfig) -> Source:
         spec.load(root, train=False, download=False),
         num_classes=spec.num_classes,
         image_size=32,
-        normalization=spec.normalization,
+        normalization=NORMALIZATIONS[spec.name],
         photographs=spec.photographs,
         cutout=spec.cutout,
     )
@@ -148,8 +149,8 @@ def custom(config: DataConfig) -> Source:
     """A data set of the user's own.
 
     The number of classes is the training set's `num_classes`, else that of its `classes`, else one more than
-    the largest of its `targets`. If it has `mean` and `std` (of images in [0, 1]), its uint8 images are
-    normalised by them.
+    the largest of its `targets`. Where it has `mean` and `std` (of images in [0, 1]), its uint8 images are
+    normalised by them, else by ImageNet's.
     """
     factory = _load_factory(config.name)
     try:
@@ -159,13 +160,15 @@ def custom(config: DataConfig) -> Source:
     items, val_items = DatasetItems(train), DatasetItems(val)
     if not len(items) or not len(val_items):
         raise ValueError(f"data.name: {config.name} gave a split without samples")
-    mean, std = getattr(train, "mean", None), getattr(train, "std", None)
+    normalization = NORMALIZATIONS["imagenet"]
+    if hasattr(train, "mean") and hasattr(train, "std"):
+        normalization = Normalization(tuple(train.mean), tuple(train.std))
     return Source(
         items,
         val_items,
         num_classes=_num_classes(config.name, items),
         image_size=min(functional.get_size(items[0][0])),
-        normalization=None if mean is None or std is None else Normalization(tuple(mean), tuple(std)),
+        normalization=normalization,
         self_augmenting=True,
     )
 

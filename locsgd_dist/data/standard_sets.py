@@ -10,7 +10,6 @@ import numpy as np
 from filelock import FileLock
 from torchvision import datasets
 
-from locsgd_dist.data.augment import Normalization
 from locsgd_dist.data.items import ArrayItems
 
 
@@ -29,8 +28,6 @@ class StandardSet:
     files: tuple[str, ...]
     num_classes: int
     num_train: int
-    normalization: Normalization
-
     photographs: bool = True
     """Mirrored images are as good as the originals."""
 
@@ -80,10 +77,6 @@ class StandardSet:
         return [path for path in paths if not path.is_file()]
 
 
-def _grey(mean: float, std: float) -> Normalization:
-    return Normalization((mean, mean, mean), (std, std, std))
-
-
 _MNIST_FILES = tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 
 STANDARD_SETS = {
@@ -96,7 +89,6 @@ STANDARD_SETS = {
             (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"),
             num_classes=10,
             num_train=50_000,
-            normalization=Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
         ),
         StandardSet(
             "cifar100",
@@ -105,7 +97,6 @@ STANDARD_SETS = {
             ("train", "test", "meta"),
             num_classes=100,
             num_train=50_000,
-            normalization=Normalization((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
             cutout=0.25,
         ),
         StandardSet(
@@ -115,7 +106,6 @@ STANDARD_SETS = {
             _MNIST_FILES,
             num_classes=10,
             num_train=60_000,
-            normalization=_grey(0.1307, 0.3081),
             photographs=False,
         ),
         StandardSet(
@@ -125,7 +115,6 @@ STANDARD_SETS = {
             _MNIST_FILES,
             num_classes=10,
             num_train=60_000,
-            normalization=_grey(0.2860, 0.3530),
         ),
     )
 }

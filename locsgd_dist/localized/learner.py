@@ -77,7 +77,6 @@ class LocalizedLearner:
         layers: the network's layers in execution order.
         boundary: T; layers ``l < T`` are the localized region. It never falls.
         lr, sign: the step is ``sign * lr``; set them at any time.
-        num_steps: localized updates applied so far.
     """
 
     def __init__(
@@ -96,11 +95,16 @@ class LocalizedLearner:
         self.sign = 1.0
         self.batch_fraction = batch_fraction
         self.boundary = 0
-        self.num_steps = 0
+        self._num_steps = torch.zeros((), dtype=torch.int64, device="cpu")
         self._updated: list[Layer] = []
         self._deltas: dict[int, Tensor] = {}
         self._gathered: frozenset[int] | None = None
         self._paused = False
+
+    @property
+    def num_steps(self) -> int:
+        """Localized updates applied so far."""
+        return int(self._num_steps)
 
     @property
     def updated_layers(self) -> list[Layer]:
@@ -170,7 +174,7 @@ class LocalizedLearner:
             weights: list[Tensor] = [self.layers[index].weight for index in indices]
             self.rule.step(weights, [self._deltas[i] for i in indices], self.sign * self.lr * num_steps)
         self._deltas.clear()
-        self.num_steps += num_steps
+        self._num_steps += num_steps
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -184,7 +188,8 @@ class LocalizedLearner:
     def load_state_dict(self, state: dict[str, Any]) -> list[nn.Parameter]:
         """Restores a learner; returns the parameters that left the SGD region, as :meth:`advance` does."""
         released = self.advance(state["boundary"])
-        self.lr, self.sign, self.num_steps = state["lr"], state["sign"], state["num_steps"]
+        self.lr, self.sign = state["lr"], state["sign"]
+        self._num_steps.fill_(state["num_steps"])
         self._deltas = {i: d.to(self.layers[i].weight.device) for i, d in state["deltas"].items()}
         return released
 
@@ -200,7 +205,7 @@ class LocalizedLearner:
             samples = max(1, round(a.shape[0] * self.batch_fraction))
             a, z = a[:samples], z[:samples]
         with torch.no_grad(), _no_autocast(z.device.type):
-            delta = self.rule.delta(layer, a.to(z.dtype), z, self.num_steps)
+            delta = self.rule.delta(layer, a.to(z.dtype), z, self._num_steps)
             if layer.index in self._deltas:
                 self._deltas[layer.index].add_(delta)
             else:

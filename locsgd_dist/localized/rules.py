@@ -41,14 +41,15 @@ class LocalizedRule:
         """What stands in the place of the loss's gradient with respect to ``z``; same shape as ``z``."""
         return z
 
-    def delta(self, layer: Layer, a: Tensor, z: Tensor, step: int) -> Tensor:
+    def delta(self, layer: Layer, a: Tensor, z: Tensor, step: Tensor) -> Tensor:
         """Weight update of one layer for one batch, summed over samples and positions.
 
         Args:
             layer: the layer; its weight must not require a gradient.
             a: the layer's input, in the dtype of ``z``.
             z: its output before any non-linearity.
-            step: number of updates applied so far (for rules that draw random numbers).
+            step: number of updates applied so far, for rules that draw random numbers: an int64 scalar on the CPU (a
+                plain number would be compiled into the graph of a compiled network, anew for each step).
 
         Returns:
             A tensor of the weight's shape in float32.
@@ -102,7 +103,7 @@ def make_rule(name: str, seed: int = 0) -> LocalizedRule:
 def _imported_rule(module_name: str, class_name: str) -> type[LocalizedRule]:
     try:
         rule = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"localized.rule {module_name}:{class_name} cannot be imported: {error}") from None
     if not (isinstance(rule, type) and issubclass(rule, LocalizedRule)):
         raise ValueError(f"localized.rule {module_name}:{class_name} must be a class derived from LocalizedRule")
@@ -126,20 +127,20 @@ class AntiHebbian(LocalizedRule):
 class RandomDirection(LocalizedRule):
     """A control: the same length in a direction drawn anew each step from (seed, layer, step), alike on all ranks."""
 
-    def delta(self, layer: Layer, a: Tensor, z: Tensor, step: int) -> Tensor:
+    def delta(self, layer: Layer, a: Tensor, z: Tensor, step: Tensor) -> Tensor:
         return _random_direction(layer.weight, self.seed, layer.index, step)
 
 
 # A generator cannot be made inside a compiled graph: as an operator of its own the draw is a node like any other.
 @torch.library.custom_op("locsgd_dist::random_direction", mutates_args=())
-def _random_direction(weight: Tensor, seed: int, layer: int, step: int) -> Tensor:
+def _random_direction(weight: Tensor, seed: int, layer: int, step: Tensor) -> Tensor:
     generator = torch.Generator(device=weight.device)
-    generator.manual_seed(hash((seed, layer, step)) & 0x7FFF_FFFF_FFFF_FFFF)
+    generator.manual_seed(hash((seed, layer, int(step))) & 0x7FFF_FFFF_FFFF_FFFF)
     return torch.randn(weight.shape, generator=generator, device=weight.device)
 
 
 @_random_direction.register_fake
-def _(weight: Tensor, seed: int, layer: int, step: int) -> Tensor:
+def _(weight: Tensor, seed: int, layer: int, step: Tensor) -> Tensor:
     return torch.empty(weight.shape, device=weight.device)
 
 

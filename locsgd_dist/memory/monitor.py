@@ -50,11 +50,10 @@ class FootprintMonitor:
     Args:
         config: the ``monitor`` section.
         device: the device of this rank.
-        rank: written into every line of the trace.
-        csv_path: the trace, shared by the ranks; None for none.
     """
 
-    def __init__(self, config: MonitorConfig, device: torch.device, *, rank: int, csv_path: Path | None) -> None:
+    def __init__(self, config: MonitorConfig, device: torch.device) -> None:
+        self._config = config
         self._cuda = CudaMemory(device, use_nvml=config.nvml) if device.type == "cuda" else None
         self._lock = threading.Lock()
         self._peaks: dict[str, int] = {}
@@ -62,16 +61,25 @@ class FootprintMonitor:
         self._trace: MemoryTrace | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        if csv_path is not None and config.trace_hz > 0:
-            try:
-                self._trace = MemoryTrace(csv_path, rank)
-            except OSError as error:
-                logger.warning("no memory trace: %s", error)
-            else:
-                self._thread = threading.Thread(
-                    target=self._run, args=(1 / config.trace_hz,), name="memory-trace", daemon=True
-                )
-                self._thread.start()
+
+    def start_trace(self, csv_path: Path, rank: int) -> None:
+        """Write a trace from now on, in a thread of its own; none with ``monitor.trace_hz=0``.
+
+        Args:
+            csv_path: the file, shared by the ranks.
+            rank: written into every line.
+        """
+        if self._config.trace_hz == 0 or self._thread is not None:
+            return
+        try:
+            self._trace = MemoryTrace(csv_path, rank)
+        except OSError as error:
+            logger.warning("no memory trace: %s", error)
+            return
+        self._thread = threading.Thread(
+            target=self._run, args=(1 / self._config.trace_hz,), name="memory-trace", daemon=True
+        )
+        self._thread.start()
 
     def reset_peak(self) -> None:
         """Start a new measurement: drop garbage and cached blocks, forget the peaks.

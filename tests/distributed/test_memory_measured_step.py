@@ -27,7 +27,7 @@ def train(measured: bool, options: dict[str, Any]) -> tuple[list[torch.Tensor], 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     data = torch.Generator().manual_seed(1 + dist.get_rank())
     footprints = []
-    with FootprintMonitor(MonitorConfig(), torch.device("cpu"), rank=dist.get_rank(), csv_path=None) as monitor:
+    with FootprintMonitor(MonitorConfig(), torch.device("cpu")) as monitor:
         for _ in range(4):
             images = torch.randn(BATCH, SIZES[0], generator=data)
             monitor.reset_peak()

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from locsgd_dist.data.augment import BatchTransform, CropFlip, Normalization, crop_flip, cutout_mask
+from locsgd_dist.data import Normalization
+from locsgd_dist.data.augment import BatchTransform, CropFlip, crop_flip, cutout_mask
 from locsgd_dist.data.hashing import hash_indices
 
 CPU = torch.device("cpu")

@@ -7,9 +7,8 @@ import pytest
 
 from locsgd_dist.data import DataConfig, Normalization
 from locsgd_dist.data.augment import CropFlip
-from locsgd_dist.data.decode import measure
 from locsgd_dist.data.items import ArrayItems
-from locsgd_dist.data.recipe import resolve, resolve_normalization
+from locsgd_dist.data.recipe import resolve
 from locsgd_dist.data.sources import Source
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -61,23 +60,18 @@ def test_sets_are_held_up_to_two_gibibytes_of_both_splits(num: int, fits: bool) 
     assert resolve(DataConfig(train_samples=10), large).in_memory
 
 
-def test_normalisation_is_the_sets_own_or_measured_or_imagenets() -> None:
-    own, measured = Normalization((0.1,) * 3, (0.2,) * 3), Normalization((0.3,) * 3, (0.4,) * 3)
-    assert resolve_normalization(DataConfig(), source(normalization=own), measured) == own
-    assert resolve_normalization(DataConfig(), source(), measured) == measured
-    assert resolve_normalization(DataConfig(), source(), None) == IMAGENET
-    assert resolve_normalization(DataConfig(normalization="imagenet"), source(normalization=own), measured) == IMAGENET
+def test_normalisation_is_the_sets_own_unless_named() -> None:
+    own = Normalization((0.1,) * 3, (0.2,) * 3)
+    assert resolve(DataConfig(), source()).normalization == IMAGENET
+    assert resolve(DataConfig(), source(normalization=own)).normalization == own
+    assert resolve(DataConfig(normalization="imagenet"), source(normalization=own)).normalization == IMAGENET
+    named = resolve(DataConfig(normalization="cifar10"), source()).normalization
+    # Of 255: 125.3, 123.0, 113.9 and 63.0, 62.1, 66.7, as every CIFAR-10 recipe has them.
+    np.testing.assert_allclose(np.array(named.mean) * 255, (125.3, 123.0, 113.9), atol=0.1)
+    np.testing.assert_allclose(np.array(named.std) * 255, (63.0, 62.1, 66.7), atol=0.1)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_measured_moments_are_those_of_all_pixels(channels: int) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (5000, 4, 3, channels), dtype=np.uint8)
-    images[..., 0] //= 2
-    measured = measure(images)
-    expected = images.reshape(-1, channels) / 255
-    np.testing.assert_allclose(measured.mean, np.broadcast_to(expected.mean(0), 3), rtol=1e-12)
-    np.testing.assert_allclose(measured.std, np.broadcast_to(expected.std(0), 3), rtol=1e-12)
-
-
-def test_a_channel_that_never_varies_can_be_divided_by() -> None:
-    assert measure(np.full((3, 2, 2, 1), 51, dtype=np.uint8)) == Normalization((0.2,) * 3, (1.0,) * 3)
+def test_where_images_are_held_changes_nothing_else() -> None:
+    for fields in ({}, {"photographs": False}, {"self_augmenting": True}):
+        held, along = (resolve(DataConfig(in_memory=place), source(**fields)) for place in (True, False))
+        assert held == replace(along, in_memory=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,10 +60,9 @@ def test_digits_arrive_at_32_pixels_in_three_equal_channels_without_a_flip() -> 
     assert torch.equal(torch.tensor(load_digits().target)[nearest], batch.targets)
 
 
-def test_measured_normalisation_centres_the_training_set() -> None:
-    bundle = build(DataConfig(augmentation="none"), batch=2000)
-    (batch,) = bundle.train
-    assert abs(batch.images.mean()) < 1e-5
+def test_digits_are_normalised_to_mean_0_and_deviation_1() -> None:
+    (batch,) = build(DataConfig(augmentation="none"), batch=2000).train
+    assert abs(batch.images.mean()) < 1e-3
     assert abs(batch.images.std() - 1) < 1e-3
 
 

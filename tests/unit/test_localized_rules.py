@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -375,7 +377,7 @@ def test_a_rule_of_ones_own() -> None:
     a, z = operands["fc"]
     delta = outer_products(model.fc, a, z - z.mean(dim=0))
     torch.testing.assert_close(model.fc.weight.double(), before + 0.02 * delta / delta.norm(), rtol=0, atol=1e-7)
-    register_rule("centred")(Centred)  # a module that is imported twice does no harm
+    register_rule("centred")(Centred)  # the same class again does no harm
     with pytest.raises(ValueError, match="a localized rule named 'centred' is registered already"):
         register_rule("centred")(type("Other", (LocalizedRule,), {}))
 
@@ -383,14 +385,33 @@ def test_a_rule_of_ones_own() -> None:
 @pytest.mark.usefixtures("registry")
 def test_a_rule_given_as_an_object() -> None:
     class Doubled(LocalizedRule):
-        def delta(self, layer: Layer, a: Tensor, z: Tensor, step: int) -> Tensor:
-            return torch.full_like(layer.weight, 2.0 + step)
+        def delta(self, layer: Layer, a: Tensor, z: Tensor, step: Tensor) -> Tensor:
+            return torch.full_like(layer.weight, 2.0) + step
 
     model, learner, x = learner_of(Doubled())
     for step in range(2):
         model(x)
         assert (learner.deltas[1] == 2.0 + step).all()
         learner.apply()
+
+
+def test_a_rule_named_by_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "from locsgd_dist.localized import LocalizedRule\n\nclass Own(LocalizedRule):\n    pass\n\nOTHER = dict\n"
+    (tmp_path / "a_users_rules.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    rule = make_rule("a_users_rules:Own", seed=7)
+    assert (type(rule).__name__, rule.seed) == ("Own", 7)
+    assert "a_users_rules:Own" not in rule_names()
+    for name, said in (
+        ("a_users_rules:Missing", "cannot be imported"),
+        ("no_such_module:Own", "cannot be imported"),
+        (":Own", "cannot be imported"),
+        (".relative:Own", "cannot be imported"),
+        ("a_users_rules:OTHER", "must be a class derived from LocalizedRule"),
+    ):
+        with pytest.raises(ValueError, match=rf"^localized\.rule {re.escape(name)} {said}") as error:
+            make_rule(name)
+        assert "\n" not in str(error.value)
 
 
 def test_the_rules_there_are() -> None:

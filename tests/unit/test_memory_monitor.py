@@ -30,6 +30,12 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def traced(config: MonitorConfig, device: torch.device, path: Path, rank: int) -> FootprintMonitor:
+    monitor = FootprintMonitor(config, device)
+    monitor.start_trace(path, rank)
+    return monitor
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
@@ -60,7 +66,7 @@ class LargeLinear:
 def test_a_measured_step_gives_exact_bytes() -> None:
     training = LargeLinear()
     training.step()
-    with FootprintMonitor(QUIET, CPU, rank=0, csv_path=None) as monitor:
+    with FootprintMonitor(QUIET, CPU) as monitor:
         with monitor.measured_step(training.model, training.optimizer):
             training.step()
         assert monitor.footprint() == Footprint(training.peak_bytes(), "tensor_bytes")
@@ -75,7 +81,7 @@ def test_what_lives_but_is_not_touched_counts() -> None:
     optimizer.step()
     training.model.zero_grad(set_to_none=True)
     both = nn.ModuleList([training.model, idle])
-    with FootprintMonitor(QUIET, CPU, rank=0, csv_path=None) as monitor:
+    with FootprintMonitor(QUIET, CPU) as monitor:
         with monitor.measured_step(both, optimizer):
             training.model(training.images).sum().backward()
         idle_bytes = 3 * 4 * (50 * 60 + 60)
@@ -85,7 +91,7 @@ def test_what_lives_but_is_not_touched_counts() -> None:
 def test_reset_forgets_the_last_measurement_and_the_largest_since_counts() -> None:
     training = LargeLinear()
     training.step()
-    with FootprintMonitor(QUIET, CPU, rank=0, csv_path=None) as monitor:
+    with FootprintMonitor(QUIET, CPU) as monitor:
         with monitor.measured_step(training.model, training.optimizer):
             extra = torch.ones(100_000)
             training.step()
@@ -102,7 +108,7 @@ def test_reset_forgets_the_last_measurement_and_the_largest_since_counts() -> No
 
 def test_a_failing_step_raises_and_leaves_no_measurement() -> None:
     training = LargeLinear()
-    with FootprintMonitor(QUIET, CPU, rank=0, csv_path=None) as monitor:
+    with FootprintMonitor(QUIET, CPU) as monitor:
         with pytest.raises(MemoryError), monitor.measured_step(training.model, training.optimizer):
             raise MemoryError
         assert monitor.footprint().source == "host_rss"
@@ -120,7 +126,7 @@ def test_resident_memory_follows_an_allocation() -> None:
     assert peak is not None
     assert peak >= after
     assert peak == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, rel=0.05)
-    with FootprintMonitor(QUIET, CPU, rank=0, csv_path=None) as monitor:
+    with FootprintMonitor(QUIET, CPU) as monitor:
         high = monitor.footprint()
         del block
         monitor.reset_peak()
@@ -133,7 +139,7 @@ def test_the_trace_has_a_header_and_a_line_per_sample(tmp_path: Path) -> None:
     path = tmp_path / "run" / "memory.csv"
     training = LargeLinear()
     start = time.time()
-    with FootprintMonitor(MonitorConfig(trace_hz=100), CPU, rank=5, csv_path=path) as monitor:
+    with traced(MonitorConfig(trace_hz=100), CPU, path, rank=5) as monitor:
         with monitor.measured_step(training.model, training.optimizer):
             training.step()
         expected = monitor.footprint().bytes
@@ -151,7 +157,7 @@ def test_the_trace_has_a_header_and_a_line_per_sample(tmp_path: Path) -> None:
 
 def test_nothing_is_lost_at_the_end_and_the_thread_ends(tmp_path: Path) -> None:
     path = tmp_path / "memory.csv"
-    monitor = FootprintMonitor(MonitorConfig(trace_hz=0.01), CPU, rank=0, csv_path=path)
+    monitor = traced(MonitorConfig(trace_hz=0.01), CPU, path, rank=0)
     assert "memory-trace" in {thread.name for thread in threading.enumerate()}
     monitor.close()
     monitor.close()
@@ -160,7 +166,7 @@ def test_nothing_is_lost_at_the_end_and_the_thread_ends(tmp_path: Path) -> None:
 
 
 def test_no_trace_at_zero_hertz(tmp_path: Path) -> None:
-    FootprintMonitor(QUIET, CPU, rank=0, csv_path=tmp_path / "memory.csv").close()
+    traced(QUIET, CPU, tmp_path / "memory.csv", rank=0).close()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,7 +205,7 @@ def test_a_resumed_run_continues_the_file(tmp_path: Path) -> None:
 
 def test_a_trace_that_cannot_be_opened_is_said_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    with FootprintMonitor(MonitorConfig(), CPU, rank=0, csv_path=tmp_path / "file" / "memory.csv") as monitor:
+    with traced(MonitorConfig(), CPU, tmp_path / "file" / "memory.csv", rank=0) as monitor:
         assert monitor.footprint().bytes > 0
     assert "no memory trace" in caplog.text
 
@@ -208,7 +214,7 @@ def test_a_trace_that_cannot_be_opened_is_said_and_skipped(tmp_path: Path, caplo
 def test_a_full_disk_ends_the_trace_not_the_training(caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.WARNING),
-        FootprintMonitor(MonitorConfig(trace_hz=100), CPU, rank=0, csv_path=Path("/dev/full")) as monitor,
+        traced(MonitorConfig(trace_hz=100), CPU, Path("/dev/full"), rank=0) as monitor,
     ):
         wait_until(lambda: "the memory trace ends here" in caplog.text)
         assert monitor.footprint().bytes > 0
@@ -239,7 +245,7 @@ def test_order_of_trust_on_cuda(peaks: dict[str, int | None], expected: Footprin
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_the_monitor_of_a_gpu_that_is_not_there_falls_back_to_the_host(tmp_path: Path) -> None:
     path = tmp_path / "memory.csv"
-    with FootprintMonitor(MonitorConfig(nvml=False), torch.device("cuda:0"), rank=0, csv_path=path) as monitor:
+    with traced(MonitorConfig(nvml=False), torch.device("cuda:0"), path, rank=0) as monitor:
         monitor.reset_peak()
         assert monitor.footprint().source == "host_rss"
     assert read(path)[0]["cuda_reserved"] == ""

@@ -264,7 +264,8 @@ def test_the_monitor_follows_nvml_through_a_run(run: Run, tmp_path: Path) -> Non
         world(3000, 5000)
         config = MonitorConfig(trace_hz=200)
         csv = Path({str(tmp_path)!r}) / "memory.csv"
-        with FootprintMonitor(config, torch.device("cuda:0"), rank=3, csv_path=csv) as monitor:
+        with FootprintMonitor(config, torch.device("cuda:0")) as monitor:
+            monitor.start_trace(csv, rank=3)
             world(9000, 6500)
             out["above baseline"] = footprint()
             world(9000, 5800)
