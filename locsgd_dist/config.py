@@ -14,11 +14,11 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from locsgd_dist.checkpoint import CheckpointConfig, check_resume
-from locsgd_dist.data import BatchConfig, DataConfig, check_data
+from locsgd_dist.data import DataConfig, check_data
 from locsgd_dist.distributed import DistributedConfig, ReplicaConfig, resolve_device
 from locsgd_dist.localized import LocalizedConfig, SelectionConfig, make_rule
 from locsgd_dist.localized.selection import load_boundary_trace
-from locsgd_dist.memory import MonitorConfig
+from locsgd_dist.memory import BatchConfig, MonitorConfig
 from locsgd_dist.models import ModelConfig, check_model
 from locsgd_dist.optimization import OptimConfig
 from locsgd_dist.recording import RunConfig, check_run

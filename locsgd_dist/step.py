@@ -90,8 +90,18 @@ class TrainStep:
         self._optimizer = optimizer
         self._world_size = world_size
         self._label_smoothing = label_smoothing
+        self._device = device
+        self._channels_last = config.channels_last
         self._autocast = autocast(config, device)
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
+
+    @property
+    def model(self) -> nn.Module:
+        return self._region.module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer.optimizer
 
     def __call__(self, batches: Sequence[Batch], tally: Tally) -> None:
         """Takes one optimizer step on ``batches`` (its micro-batches on this rank; see ``gradient_accumulation``)."""
@@ -104,6 +114,32 @@ class TrainStep:
         self._optimizer.step(self.scaler)
         self._optimizer.zero_grad()
         self._replicas.finish_step()
+
+    def trial(self, per_gpu: int, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        """The memory of a step of ``per_gpu`` images and nothing else of it: every collective is off; buffers, random
+        state and gathered updates are given back; weights and optimizer state do not move.
+
+        Raises:
+            RuntimeError, MemoryError: it did not fit (see ``is_out_of_memory``); all is given back then too.
+        """
+        model, device = self._region.module, self._device
+        images = torch.zeros(per_gpu, *input_shape, device=device)
+        if self._channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        targets = torch.arange(per_gpu, device=device) % num_classes
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        model.train()
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            self._replicas.learner.discarding(),
+            self._region.no_sync(),
+        ):
+            try:
+                self._forward_backward(Batch(images, targets, per_gpu, per_gpu), per_gpu, Tally(device))
+            finally:
+                self._optimizer.zero_grad()
+                for buffer, before in zip(model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
 
     def _forward_backward(self, batch: Batch, samples: int, tally: Tally) -> None:
         # A rank without samples still joins every collective: one filler sample, in evaluation mode so that neither

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from locsgd_dist.config import check_config, config_error_exit, parse_config
 from locsgd_dist.distributed import environment_rank
+from locsgd_dist.memory import StepOutOfMemoryError
 from locsgd_dist.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -23,8 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         log.debug("configuration refused", exc_info=True)
         return config_error_exit(error, is_main=environment_rank() == 0)
-    with trainer:
-        trainer.fit()
+    try:
+        with trainer:
+            trainer.fit()
+    except StepOutOfMemoryError as error:
+        print(
+            f"locsgd: {error}; the next start goes on from the newest checkpoint with a batch that fits",
+            file=sys.stderr,
+        )
+        return 1
     if environment_rank() == 0:
         print(f"run: {trainer.directory.path}  report: {trainer.directory.report}")
     return 0

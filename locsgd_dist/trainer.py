@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 
+from locsgd_dist.batching import BatchController
 from locsgd_dist.checkpoint import CheckpointStore, load_state
 from locsgd_dist.config import Config
 from locsgd_dist.data import Batch, build_data
@@ -113,6 +114,17 @@ class Trainer:
         self.recorder = self._closing(
             Recorder.open(self.directory.path, config.run, rank=self.runtime.rank, config_yaml=config.to_yaml())
         )
+        self.batching = BatchController(
+            config,
+            step=self.step,
+            data=self.data,
+            monitor=self.monitor,
+            runtime=self.runtime,
+            recorder=self.recorder,
+            directory=self.directory,
+            num_layers=len(self.learner.layers),
+            block_size=self.learner.layers.block_size,
+        )
         self.epoch = 0
         self.samples_seen = 0
         self.best_top1 = -1.0
@@ -121,12 +133,14 @@ class Trainer:
         if not self._resume():
             self.recorder.truncate_to(-1, 0)
             self._move_boundary(self.selector.boundary)
+        self.batching.respect_incidents(self.epoch, self.samples_seen)
 
     def fit(self) -> dict[str, Any]:
         """Trains to the last epoch."""
         metrics: dict[str, Any] = {}
         while self.epoch < self.config.train.epochs:
-            metrics = self._train_epoch()
+            with self.batching.leaving_on_out_of_memory(self.epoch):
+                metrics = self._train_epoch()
             self.replicas.synchronise()
             pool_buffers(self.model, self.runtime.data_group)
             metrics |= self._validate()
@@ -136,13 +150,14 @@ class Trainer:
             self._decide(metrics, change)
             self.recorder.epoch(metrics)
             self._move_boundary(metrics["boundary_next"])
+            self.batching.grow(metrics, is_last=self.epoch == self.config.train.epochs)
             self._save(metrics)
         return metrics
 
     def _train_epoch(self) -> dict[str, Any]:
         """One pass over the training set; returns its part of the epoch's record."""
         config, epoch = self.config, self.epoch
-        self.learner.lr, self.learner.sign = config.localized.lr_at(epoch), self.supervision.sign
+        self.learner.sign = self.supervision.sign
         self.data.train.set_epoch(epoch)
         self.trace.begin()
         self.monitor.reset_peak()
@@ -151,7 +166,8 @@ class Trainer:
         sum_of_lr, start = 0.0, time.perf_counter()
         for index, batches in enumerate(self._steps()):
             done = self.samples_seen / self.data.num_train
-            self.optimizer.lr = lr_at(config.optim, done, config.train.epochs)
+            self.optimizer.lr = lr_at(config.optim, done, config.train.epochs) * self.batching.lr_scale.at(done)
+            self.learner.lr = config.localized.lr_at(epoch) * self.batching.local_lr_scale.at(done)
             sum_of_lr += self.optimizer.lr
             # The second step is the first with momentum and settled buckets.
             measure = index == 1 or len(self.data.train) == 0 == index
@@ -290,6 +306,7 @@ class Trainer:
             "replicas": self.replicas.state_dict(),
             "selector": self.selector.state_dict(),
             "supervision": self.supervision.state_dict(),
+            "batching": self.batching.state_dict(),
             "rng": rng,
         }
 
@@ -319,6 +336,7 @@ class Trainer:
         self.replicas.load_state_dict(state["replicas"])
         self.selector.load_state_dict(state["selector"])
         self.supervision.load_state_dict(state["supervision"])
+        self.batching.load_state_dict(state["batching"])
         if len(state["rng"]) == self.runtime.world_size:
             torch.set_rng_state(state["rng"][self.runtime.rank])
         self.recorder.event("resume", epoch=self.epoch, samples_seen=self.samples_seen, path=str(path))

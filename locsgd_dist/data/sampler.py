@@ -12,18 +12,6 @@ from locsgd_dist.data.hashing import hash64
 
 
 @dataclass(frozen=True)
-class BatchConfig:
-    """How many images each rank takes in a step."""
-
-    per_gpu: int = 64
-    """Images per rank and step at the start; the batch policy may raise it while training."""
-
-    def __post_init__(self) -> None:
-        if self.per_gpu < 1:
-            raise ValueError(f"batch.per_gpu must be at least 1, got {self.per_gpu}")
-
-
-@dataclass(frozen=True)
 class Step:
     """One rank's share of one step."""
 

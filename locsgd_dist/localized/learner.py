@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class LocalizedConfig:
     """Reverse the direction of localized updates in the epoch after one whose training loss rose (algorithm 2)."""
     batch_fraction: float = 1.0
     """Share of the batch from which localized updates are computed; in (0, 1]. 1 is the paper's."""
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """How localized.lr follows the global batch: linear keeps the way that a layer moves in an epoch."""
 
     def __post_init__(self) -> None:
         if not self.rule:
@@ -99,7 +101,6 @@ class LocalizedLearner:
         self._updated: list[Layer] = []
         self._deltas: dict[int, Tensor] = {}
         self._gathered: frozenset[int] | None = None
-        self._paused = False
 
     @property
     def num_steps(self) -> int:
@@ -146,13 +147,13 @@ class LocalizedLearner:
         self._gathered = None if indices is None else frozenset(indices)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """No update is gathered inside: a trial step leaves no trace."""
-        before, self._paused = self._paused, True
+    def discarding(self) -> Iterator[None]:
+        """Updates gathered inside are forgotten, those gathered before are kept: for a step that is only tried."""
+        before, self._deltas = self._deltas, {}
         try:
             yield
         finally:
-            self._paused = before
+            self._deltas = before
 
     @property
     def deltas(self) -> dict[int, Tensor]:
@@ -194,7 +195,7 @@ class LocalizedLearner:
         return released
 
     def _gather(self, layer: Layer, a: Tensor, z: Tensor) -> None:
-        if self._paused or (self._gathered is not None and layer.index not in self._gathered):
+        if self._gathered is not None and layer.index not in self._gathered:
             return
         if a.requires_grad or z.requires_grad:
             raise RuntimeError(

@@ -383,7 +383,7 @@ def watch_exchange(mode: str, every: int, overlap: bool) -> dict[str, Any]:
     training.model.eval()
     training.model(images)
     training.model.train()
-    with training.learner.paused():
+    with training.learner.discarding():
         training.model(images)
     after = training.learner.deltas
     seen["other_passes"] = list(started)

@@ -23,10 +23,13 @@ def launch(tmp_path: Path) -> Launch:
     ``nproc=0`` runs ``python -m locsgd_dist.train`` without torchrun.
     """
 
-    def run(*arguments: str, nproc: int = 2, timeout: float = 420) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, nproc: int = 2, max_restarts: int = 0, timeout: float = 420
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable]
         if nproc:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+            command += [f"--max-restarts={max_restarts}"]
         command += ["-m", "locsgd_dist.train", *arguments]
         return subprocess.run(
             command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False

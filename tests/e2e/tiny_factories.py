@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import Dataset
 
 
@@ -43,3 +46,52 @@ def mlp(num_classes: int) -> nn.Module:
     return nn.Sequential(
         nn.Flatten(), nn.Linear(3 * 32 * 32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, num_classes)
     )
+
+
+class _FailingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        exhaust_memory()
+        return gradient
+
+
+def exhaust_memory() -> None:
+    """A real failure of the host's allocator."""
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+class Greedy(nn.Module):
+    """A network that runs out of memory on rank 1 at a batch of 8 or more, where it is told to.
+
+    Args:
+        where: ``trial`` (also on the zeros of a trial step), ``forward``, ``backward`` or ``optimizer``.
+    """
+
+    def __init__(self, num_classes: int, where: str):
+        super().__init__()
+        self.network = mlp(num_classes)
+        self._where = where
+        self._greedy = False
+        if where == "optimizer":
+            register_optimizer_step_pre_hook(self._before_optimizer_step)
+
+    def forward(self, images: Tensor) -> Tensor:
+        is_trial = not images.any()
+        too_large = os.environ.get("RANK") == "1" and len(images) >= 8 and self.training
+        self._greedy = too_large and is_trial == (self._where == "trial")
+        if self._greedy and self._where in ("trial", "forward"):
+            exhaust_memory()
+        logits = self.network(images)
+        return _FailingBackward.apply(logits) if self._greedy and self._where == "backward" else logits
+
+    def _before_optimizer_step(self, *_: object) -> None:
+        if self._greedy:
+            exhaust_memory()
+
+
+def greedy(num_classes: int, where: str) -> nn.Module:
+    return Greedy(num_classes, where)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from locsgd_dist.data import BatchConfig
+from locsgd_dist.memory import BatchConfig
 from locsgd_dist.data.sampler import EpochSampler, Step
 
 

@@ -115,7 +115,7 @@ def test_dynamo_explains_no_break() -> None:
     assert explanation.graph_break_count == 0
 
 
-def test_a_compiled_network_gathers_neither_in_evaluation_nor_in_a_pause() -> None:
+def test_a_compiled_network_gathers_neither_in_evaluation_nor_where_it_is_discarded() -> None:
     model = PlainConvolutions()
     learner = LocalizedLearner(model, torch.zeros(1, 3, 8, 8))
     learner.advance(2)
@@ -126,7 +126,7 @@ def test_a_compiled_network_gathers_neither_in_evaluation_nor_in_a_pause() -> No
     model.eval()
     model(x)
     model.train()
-    with learner.paused():
+    with learner.discarding():
         model(x)
     assert not learner.deltas
     model(x)

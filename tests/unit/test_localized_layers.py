@@ -93,6 +93,11 @@ def test_order_and_block_size(name: str) -> None:
     assert layers.block_size == block_size
 
 
+def test_the_recurring_block_is_the_block_and_not_the_stage_around_it() -> None:
+    """Two stages of two blocks of four linear maps."""
+    assert trace_layers(*build("timm_swin")).block_size == 4
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_parameter_has_exactly_one_owner(name: str) -> None:
     model, x = build(name)

@@ -196,15 +196,15 @@ def test_evaluation_gathers_nothing() -> None:
     assert learner.deltas.keys() == {0, 1}
 
 
-def test_a_pause_leaves_no_trace() -> None:
+def test_what_is_discarded_leaves_no_trace() -> None:
     model, learner, x = plain_learner()
     model(x)
     before = {index: delta.clone() for index, delta in learner.deltas.items()}
-    with learner.paused():
-        with learner.paused():
+    with learner.discarding():
+        with learner.discarding():
             model(x)
         model(x)
-    with pytest.raises(KeyError), learner.paused():
+    with pytest.raises(KeyError), learner.discarding():
         raise KeyError
     assert all(torch.equal(learner.deltas[index], delta) for index, delta in before.items())
     model(x)

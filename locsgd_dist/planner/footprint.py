@@ -1,0 +1,220 @@
+"""Memory of a training step at every boundary, foretold on ``meta`` tensors: no GPU, no data, no weights.
+
+The step is the trainer's own (`TrainStep`, the learner, the optimizer); only what needs other ranks or a device is
+stood in for (`on_meta`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from locsgd_dist.config import Config
+from locsgd_dist.data import Batch, DataShape
+from locsgd_dist.distributed import RegionDDP, Replicas
+from locsgd_dist.distributed.replicas import assign_owners
+from locsgd_dist.localized import LayerMap, LocalizedLearner
+from locsgd_dist.memory.tensor_bytes import CUDA_ALLOCATION_BYTES, optimizer_state_tensors
+from locsgd_dist.models import build_model
+from locsgd_dist.optimization import RegionOptimizer, averaged_model
+from locsgd_dist.planner.on_meta import AutocastOnMeta, BucketsOnMeta, QuickShapes, ReplicasOnMeta
+from locsgd_dist.planner.timeline import StepLog, StepMemory, StepTracker, Use
+from locsgd_dist.step import Tally, TrainStep
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, eq=False)
+class BoundaryStep:
+    """A training step with the boundary at one place.
+
+    Attributes:
+        boundary: T.
+        memory: of one rank, for any batch.
+        gradient_bytes: gradients of the SGD region, as they are sent (half under bf16 compression).
+        replica_bytes: one exchange of the localized region's updates or weights; 0 where none moves.
+        macs: multiply-adds per image, by what they are for.
+    """
+
+    boundary: int
+    memory: StepMemory
+    gradient_bytes: int
+    replica_bytes: int
+    macs: StepMacs
+
+
+@dataclass(frozen=True)
+class StepMacs:
+    """Multiply-adds per image of one rank's step.
+
+    Attributes:
+        forward: of the whole network.
+        backward: of the SGD region: weight gradients, and input gradients but where nothing before needs them.
+        localized: weight updates of the localized region that the busiest rank computes.
+    """
+
+    forward: float
+    backward: float
+    localized: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.localized
+
+
+class StepEstimator:
+    """Walks a network from boundary to boundary and foretells its step at each.
+
+    Args:
+        config: the run; nothing of it is read from disk, weights least of all.
+        shape: input and classes.
+        world_size: number of ranks.
+        rounding: granularity of an allocation in bytes; the CUDA allocator's by default, 1 for exact bytes.
+
+    Raises:
+        ValueError: the network is unknown or cannot run on ``meta`` tensors.
+    """
+
+    def __init__(
+        self, config: Config, shape: DataShape, *, world_size: int, rounding: int = CUDA_ALLOCATION_BYTES
+    ):
+        self._config = config
+        self._shape = shape
+        self._world_size = world_size
+        self._rounding = rounding
+        with META:
+            self._model = build_model(replace(config.model, weights=None), shape.num_classes).to(META)
+        if config.train.channels_last:
+            self._model.to(memory_format=torch.channels_last)
+        self._average = averaged_model(self._model, config.optim.ema_decay) if config.optim.ema_decay else None
+        self._learner = self._make_learner()
+        self._region = RegionDDP(self._model, None) if world_size == 1 else BucketsOnMeta(self._model)
+        self._replicas = (
+            Replicas(self._learner) if world_size == 1 else ReplicasOnMeta(config.replicas, self._learner, world_size)
+        )
+        self._optimizer = RegionOptimizer(self._model, config.optim)
+        self._step = TrainStep(
+            replace(config.train, precision="fp32"),
+            self._region,
+            self._replicas,
+            self._optimizer,
+            world_size=world_size,
+            device=META,
+            label_smoothing=config.optim.label_smoothing,
+        )
+        self._model.train()
+        with QuickShapes():  # the first step makes the optimizer's state
+            self._take_step(config.batch.per_gpu)
+
+    @property
+    def layers(self) -> LayerMap:
+        """The network's layers in execution order."""
+        return self._learner.layers
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters, those of the localized region included."""
+        return list(self._model.parameters())
+
+    def move_to(self, boundary: int) -> BoundaryStep:
+        """The step with the boundary at ``boundary``, which never falls."""
+        if boundary != self._learner.boundary:
+            self._optimizer.release(self._learner.advance(boundary))
+            self._region.refresh()
+            self._replicas.refresh()
+        per_gpu = self._config.batch.per_gpu
+        with_input_gradient: set[int] = set()
+        handles = [
+            layer.module.register_forward_pre_hook(_see_input(layer.index, with_input_gradient), with_kwargs=True)
+            for layer in self.layers
+        ]
+        first = self._logged_step(per_gpu)
+        for handle in handles:
+            handle.remove()
+        memory = StepMemory((per_gpu, 2 * per_gpu), (first, self._logged_step(2 * per_gpu)))
+        trainable = [p for p in self.parameters if p.requires_grad]
+        compressed = self._config.distributed.gradient_compression == "bf16"
+        return BoundaryStep(
+            boundary,
+            memory,
+            gradient_bytes=sum(p.numel() * (2 if compressed else p.element_size()) for p in trainable),
+            replica_bytes=sum(layer.weight.numel() * 4 for layer in self._learner.updated_layers),
+            macs=self._macs(with_input_gradient),
+        )
+
+    def _logged_step(self, per_gpu: int) -> StepLog:
+        tracker = StepTracker(rounding=self._rounding)
+        average = [] if self._average is None else [*self._average.parameters(), *self._average.buffers()]
+        tracker.holding([*self._model.parameters(), *self._model.buffers(), *average], Use.PARAMETERS)
+        tracker.holding(optimizer_state_tensors(self._optimizer.optimizer), Use.OPTIMIZER_STATE)
+        if isinstance(self._region, BucketsOnMeta) and self._region.buckets is not None:
+            tracker.holding([self._region.buckets], Use.GRADIENTS)
+        handles = [
+            p.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, Use.GRADIENTS))
+            for p in self.parameters
+            if p.requires_grad
+        ]
+        try:
+            with QuickShapes(), tracker.quiet():
+                self._take_step(per_gpu)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tracker.log()
+
+    def _take_step(self, per_gpu: int) -> None:
+        images = torch.empty(per_gpu, self._shape.channels, *2 * (self._shape.image_size,), device=META)
+        if self._config.train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        batch = Batch(images, torch.zeros(per_gpu, dtype=torch.int64, device=META), per_gpu * self._world_size, per_gpu)
+        # Of accumulated micro-batches the second is the first that runs beside gradients; more are like it.
+        batches = [batch] * min(2, self._config.train.gradient_accumulation)
+        with AutocastOnMeta() if self._config.train.precision != "fp32" else nullcontext():
+            self._step(batches, Tally(META))
+
+    def _macs(self, with_input_gradient: set[int]) -> StepMacs:
+        layers, boundary = self.layers, self._learner.boundary
+        updated = self._learner.updated_layers
+        if self._config.replicas.mode == "sharded":
+            # The ranks wait for the one with most to do.
+            localized = max(sum(layer.macs for layer in share) for share in assign_owners(updated, self._world_size))
+        else:
+            localized = sum(layer.macs for layer in updated)
+        return StepMacs(
+            forward=sum(layer.macs for layer in layers),
+            backward=sum(layer.macs * (1 + (layer.index in with_input_gradient)) for layer in layers[boundary:]),
+            localized=localized * self._config.localized.batch_fraction,
+        )
+
+    def _make_learner(self) -> LocalizedLearner:
+        rule = self._config.localized.rule
+        example = torch.empty(1, self._shape.channels, *2 * (self._shape.image_size,), device=META)
+        return LocalizedLearner(
+            self._model,
+            example,
+            rule="frozen" if rule == "none" else rule,
+            batch_fraction=self._config.localized.batch_fraction,
+            seed=self._config.train.seed,
+        )
+
+
+def estimate(config: Config, shape: DataShape, boundaries: Iterable[int], **options: Any) -> list[BoundaryStep]:
+    """The step at each of ``boundaries``, which rise; ``options`` as of :class:`StepEstimator`."""
+    estimator = StepEstimator(config, shape, **options)
+    return [estimator.move_to(boundary) for boundary in boundaries]
+
+
+def _see_input(index: int, with_input_gradient: set[int]) -> Any:
+    """Forward pre-hook: an input that requires a gradient costs its layer the second half of the backward pass."""
+
+    def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
+            with_input_gradient.add(index)
+
+    return see

@@ -1,0 +1,179 @@
+"""What a step needs to run on ``meta`` tensors as it would on a GPU: fast batch norms, autocast, DDP's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from locsgd_dist.distributed import RegionDDP, ReplicaConfig, Replicas
+from locsgd_dist.distributed.replicas import assign_owners
+from locsgd_dist.localized import Layer, LocalizedLearner
+
+
+class QuickShapes(TorchDispatchMode):
+    """A few operations on ``meta`` by the shapes of their results alone.
+
+    torch computes them there by decompositions in Python, which takes most of the time of an estimate. Results have the
+    same shapes and types, and nothing else counts on ``meta``.
+    """
+
+    _LIKE_FIRST = frozenset((torch.ops.aten.threshold_backward.default,))
+    _LIKE_FIRST_LIST = frozenset((torch.ops.aten._foreach_add.List, torch.ops.aten._foreach_div.List))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in self._LIKE_FIRST and args[0].is_meta:
+            return torch.empty_like(args[0])
+        if func in self._LIKE_FIRST_LIST and args[0][0].is_meta:
+            return [torch.empty_like(tensor) for tensor in args[0]]
+        if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta and args[5]:
+            x = args[0]
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            mean, inverse_deviation = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
+            return torch.empty_like(x), mean, inverse_deviation
+        if func is torch.ops.aten.native_batch_norm_backward.default and args[0].is_meta and args[7]:
+            gradient, _, weight = args[:3]
+            wants_input, *wants_affine = args[9]
+            affine = [torch.empty_like(weight) if wanted else None for wanted in wants_affine]
+            return (torch.empty_like(gradient) if wants_input else None, *affine)
+        return func(*args, **(kwargs or {}))
+
+
+class AutocastOnMeta(TorchFunctionMode):
+    """What autocast does on a GPU to the types of tensors, for ``meta``, where torch has no autocast.
+
+    Products run in half precision, with one cast of each weight per forward pass; what sums many terms (layer norms,
+    softmax, losses) in single precision. Everything else takes its operands as they come.
+    """
+
+    _HALF = frozenset(
+        (
+            *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear),
+            *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.addmm, torch.einsum),
+            F.scaled_dot_product_attention,
+        )
+    )
+    _SINGLE = frozenset((F.layer_norm, F.group_norm, F.softmax, torch.softmax, F.log_softmax, F.cross_entropy))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._weights: dict[nn.Parameter, Tensor] = {}
+
+    def __enter__(self) -> Self:
+        self._weights.clear()
+        return super().__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)
+        self._weights.clear()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._HALF:
+            args, kwargs = tree_map_only(Tensor, self._halved, (args, kwargs))
+        elif func in self._SINGLE:
+            args, kwargs = tree_map_only(Tensor, self._single, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _halved(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.float32:
+            return tensor
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.to(torch.bfloat16)
+        if tensor not in self._weights:
+            self._weights[tensor] = tensor.to(torch.bfloat16)
+        return self._weights[tensor]
+
+    @staticmethod
+    def _single(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+
+class BucketsOnMeta(RegionDDP):
+    """The memory of DDP's gradient buckets, without the ranks: they live as long as the wrapper, gradients lie in them.
+
+    Attributes:
+        buckets: one flat tensor for the gradients of the SGD region; None where nothing is reduced.
+    """
+
+    buckets: Tensor | None = None
+
+    def __init__(self, model: nn.Module):
+        self._handles: list[Any] = []
+        self._syncs = True
+        super().__init__(model, None)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self._syncs = False
+        try:
+            yield
+        finally:
+            self._syncs = True
+
+    def _wrap(self, *, init_sync: bool) -> None:
+        for handle in self._handles:
+            handle.remove()
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.buckets, self._handles = None, []
+        if not parameters:
+            return
+        self.buckets = torch.empty(sum(p.numel() for p in parameters), device="meta")
+        views = self.buckets.split([p.numel() for p in parameters])
+        for parameter, view in zip(parameters, views, strict=True):
+            self._handles.append(
+                parameter.register_post_accumulate_grad_hook(_into_bucket(self, view.view_as(parameter)))
+            )
+
+
+def _into_bucket(region: BucketsOnMeta, view: Tensor) -> Any:
+    """DDP copies a gradient into its bucket once it is whole, and lets the original go."""
+
+    def move(parameter: Tensor) -> None:
+        if region._syncs:
+            parameter.grad = view
+
+    return move
+
+
+class ReplicasOnMeta(Replicas):
+    """The memory of a rank that exchanges updates of the localized region, without the other ranks.
+
+    It stands for the rank with most updates to gather, in a step that exchanges them.
+    """
+
+    def __init__(self, config: ReplicaConfig, learner: LocalizedLearner, world_size: int):
+        super().__init__(learner)
+        self._config = config
+        self._world_size = world_size
+        self._exchanged: Tensor | None = None
+
+    def refresh(self) -> None:
+        if self._config.mode == "sharded":
+            shares = assign_owners(self.learner.updated_layers, self._world_size)
+            heaviest = max(shares, key=lambda share: sum(layer.weight.numel() for layer in share))
+            self.learner.gather_only(layer.index for layer in heaviest)
+
+    def start(self) -> None:
+        layers = self._layers()
+        if layers and self._config.mode != "periodic":
+            self._exchanged = torch.empty(sum(layer.weight.numel() for layer in layers), device="meta")
+
+    def finish_step(self) -> None:
+        if self._exchanged is not None:
+            layers = self._layers()
+            parts = self._exchanged.split([layer.weight.numel() for layer in layers])
+            for layer, part in zip(layers, parts, strict=True):
+                self.learner.deltas[layer.index] = part.view_as(layer.weight)
+            self._exchanged = None
+        super().finish_step()
+
+    def _layers(self) -> list[Layer]:
+        return self.learner.updated_layers
