@@ -116,6 +116,11 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def was_restarted() -> bool:
+    """Whether torchrun has started this process anew after a failure: the run then goes on, whatever ``run.resume``."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def check_resume(run_dir: Path, resume: str, epochs: int, config: Mapping[str, Mapping[str, Any]]) -> None:
     """Checks that ``run.resume`` can be done, from what the run directory says of itself.
 
@@ -125,10 +130,9 @@ def check_resume(run_dir: Path, resume: str, epochs: int, config: Mapping[str, M
     Raises:
         ValueError: the run is finished, was started with another configuration, or the named checkpoint is missing.
     """
-    if resume == "never":
-        return
-    if resume != "auto":
+    if resume not in ("auto", "never"):
         load_state(Path(resume))
+    if resume != "auto" and not was_restarted():
         return
     paths = CheckpointStore(run_dir / "checkpoints").paths()
     if not paths:

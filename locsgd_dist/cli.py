@@ -55,14 +55,16 @@ def train(arguments: Sequence[str]) -> int:
     """Checks the configuration, then becomes torchrun with one rank per process asked for."""
     parser = argparse.ArgumentParser(prog="locsgd train", add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc", default="auto")
+    parser.add_argument("--max-restarts", type=int, default=3)
     options, trainer_arguments = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(trainer_arguments):
-        print("--nproc N|gpu|auto   processes to start here (default auto: one per GPU, one on a machine without)\n")
+        print("--nproc N|gpu|auto   processes to start here (default auto: one per GPU, one on a machine without)")
+        print("--max-restarts N     how often to start all ranks anew after one has failed (default 3)\n")
     config = parse_config(trainer_arguments, prog="locsgd train")
     check_config(config)
     nproc = num_processes(options.nproc, config.train.device)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    command += ["-m", "locsgd_dist.train", *trainer_arguments]
+    command += [f"--max-restarts={options.max_restarts}", "-m", "locsgd_dist.train", *trainer_arguments]
     sys.stdout.flush()
     os.execve(sys.executable, command, launch_environment(nproc))
 

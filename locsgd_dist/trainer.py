@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 
 from locsgd_dist.batching import BatchController
-from locsgd_dist.checkpoint import CheckpointStore, load_state
+from locsgd_dist.checkpoint import CheckpointStore, load_state, was_restarted
 from locsgd_dist.config import Config
 from locsgd_dist.data import Batch, build_data
 from locsgd_dist.distributed import RegionDDP, Runtime, Traffic, make_replicas, pool_buffers, resolve_device
@@ -50,7 +50,7 @@ class Trainer:
         # Before the first use of CUDA, so that the context counts in the footprint.
         self.monitor = self._closing(FootprintMonitor(config.monitor, device))
         self.runtime = self._closing(Runtime(device, config.distributed))
-        if config.run.resume == "never":
+        if config.run.resume == "never" and not was_restarted():
             if self.runtime.is_main:
                 move_aside(self.directory.path)
             self.runtime.barrier()
@@ -238,6 +238,14 @@ class Trainer:
             boundary_from=before,
             boundary_to=boundary,
         )
+        held = [layer.name for layer in self.learner.layers[before:boundary] if not layer.updatable]
+        if held and self.learner.rule.updates:
+            self.recorder.event(
+                "warning",
+                epoch=max(0, self.epoch - 1),
+                samples_seen=self.samples_seen,
+                message=f"frozen in the localized region, since no localized rule applies: {', '.join(held)}",
+            )
 
     def _record_of(self, change: EpochDiagnostics, sum_of_lr: float) -> dict[str, Any]:
         """The part of an epoch's record that describes its state, memory and traffic."""
@@ -313,11 +321,11 @@ class Trainer:
     def _resume(self) -> bool:
         """Goes on from the newest checkpoint, if any: boundary, wrap, optimizer, then the state of each by name."""
         found: tuple[Path, dict[str, Any]] | None = None
-        if self.config.run.resume == "auto":
+        resume = self.config.run.resume
+        if resume == "auto" or was_restarted():
             found = self.checkpoints.load_newest()
-        elif self.config.run.resume != "never":
-            path = Path(self.config.run.resume)
-            found = path, load_state(path)
+        if found is None and resume not in ("auto", "never"):
+            found = Path(resume), load_state(Path(resume))
         if found is None:
             return False
         path, state = found

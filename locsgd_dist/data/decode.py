@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ from torchvision.transforms.v2 import functional
 
 from locsgd_dist.data.cache import cached_array, fingerprint
 from locsgd_dist.data.items import ArrayItems, FileItems, Fit, Items
-from locsgd_dist.data.loader import SampleDataset
+from locsgd_dist.data.loader import SampleDataset, stop_workers
 
 _CHUNK = 256
 """Samples that a decoding process hands over at once."""
@@ -58,13 +60,15 @@ def _decode_all(items: Items, chosen: NDArray[np.int64], size: int, num_workers:
     )
     images = np.empty((len(chosen), size, size, 3), dtype=np.uint8)
     targets = np.empty(len(chosen), dtype=np.int64)
-    batch: tuple[Tensor, Tensor, Tensor]
-    for batch in loader:
-        indices, pictures, classes = batch
-        if pictures.dtype != torch.uint8:
-            raise ValueError(f"data.in_memory=true holds uint8 images, but the factory gave {pictures.dtype}")
-        images[indices.numpy()] = pictures.permute(0, 2, 3, 1).numpy()
-        targets[indices.numpy()] = classes.numpy()
+    loaded: Iterator[tuple[Tensor, Tensor, Tensor]] = iter(loader)
+    try:
+        for indices, pictures, classes in loaded:
+            if pictures.dtype != torch.uint8:
+                raise ValueError(f"data.in_memory=true holds uint8 images, but the factory gave {pictures.dtype}")
+            images[indices.numpy()] = pictures.permute(0, 2, 3, 1).numpy()
+            targets[indices.numpy()] = classes.numpy()
+    finally:
+        stop_workers(loaded)
     return images, targets
 
 

@@ -75,39 +75,62 @@ class PlanSampler(Sampler[list[Request]]):
 
 
 class WorkerFetcher:
-    """Batches by a torch DataLoader whose workers stay while plans come and go."""
+    """Batches by a torch DataLoader. Persistent workers stay while plans come and go; others end with their plan."""
 
     def __init__(self, dataset: SampleDataset, *, num_workers: int, device: torch.device, persistent: bool) -> None:
         self._device = device
+        self._persistent = persistent and num_workers > 0
         self._sampler = PlanSampler()
         self._loader: DataLoader[Any] | None = DataLoader(
             dataset,
             batch_sampler=self._sampler,
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
-            persistent_workers=persistent and num_workers > 0,
+            persistent_workers=self._persistent,
             # Its own generator: a seed for the workers would else be drawn from the training process's.
             generator=torch.Generator(),
             worker_init_fn=outlive_sigterm if num_workers else None,
         )
+        self._loaded: Iterator[Any] | None = None
 
     def start(self, plan: StepPlan) -> Iterator[RawBatch]:
-        """Begin a plan: what an earlier one had prefetched is discarded, its workers stay."""
+        """Begin a plan: what an earlier one had prefetched is discarded, persistent workers stay."""
         if self._loader is None:
             raise RuntimeError("the data bundle is closed")
         self._sampler.plan = plan
-        return self._batches(plan, iter(self._loader))
+        loaded = iter(self._loader)
+        if self._persistent:
+            self._loaded = loaded
+        return self._batches(plan, loaded)
 
     def _batches(self, plan: StepPlan, loaded: Iterator[Any]) -> Iterator[RawBatch]:
-        for step, tensors in zip(plan, loaded, strict=True):
-            # From pinned memory and on the training stream: the copy of a uint8 batch takes about a hundredth
-            # of the step that waits for it, so that a stream of its own would gain next to nothing.
-            indices, images, targets = (tensor.to(self._device, non_blocking=True) for tensor in tensors)
-            yield RawBatch(step, indices, images.permute(0, 2, 3, 1), targets)
+        try:
+            for step, tensors in zip(plan, loaded, strict=True):
+                # From pinned memory and on the training stream: the copy of a uint8 batch takes about a hundredth
+                # of the step that waits for it, so that a stream of its own would gain next to nothing.
+                indices, images, targets = (tensor.to(self._device, non_blocking=True) for tensor in tensors)
+                yield RawBatch(step, indices, images.permute(0, 2, 3, 1), targets)
+        finally:
+            if not self._persistent:
+                stop_workers(loaded)
 
     def close(self) -> None:
-        """Let go of the loader; its workers end with the last reference to it."""
+        """Stop the workers, if need be in the middle of a plan."""
         self._loader = None
+        if self._loaded is not None:
+            stop_workers(self._loaded)
+            self._loaded = None
+
+
+def stop_workers(loaded: Iterator[Any]) -> None:
+    """Stop the workers behind a DataLoader's iterator.
+
+    They also end with the last reference to it. But the traceback of an error holds one, and an iterator that is
+    left to the garbage collector waits seconds for workers which it cannot reach any more.
+    """
+    shutdown = getattr(loaded, "_shutdown_workers", None)
+    if shutdown is not None:
+        shutdown()
 
 
 def outlive_sigterm(worker: int) -> None:

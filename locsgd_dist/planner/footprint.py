@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from locsgd_dist.config import Config
 from locsgd_dist.data import Batch, DataShape
-from locsgd_dist.distributed import RegionDDP, Replicas
+from locsgd_dist.distributed import Replicas
 from locsgd_dist.distributed.replicas import assign_owners
 from locsgd_dist.localized import LayerMap, LocalizedLearner
 from locsgd_dist.memory.tensor_bytes import CUDA_ALLOCATION_BYTES, optimizer_state_tensors
 from locsgd_dist.models import build_model
 from locsgd_dist.optimization import RegionOptimizer, averaged_model
-from locsgd_dist.planner.on_meta import AutocastOnMeta, BucketsOnMeta, QuickShapes, ReplicasOnMeta
+from locsgd_dist.planner.on_meta import AutocastOnMeta, QuickShapes, RegionOnMeta, ReplicasOnMeta
 from locsgd_dist.planner.timeline import StepLog, StepMemory, StepTracker, Use
 from locsgd_dist.step import Tally, TrainStep
 
@@ -94,7 +94,7 @@ class StepEstimator:
             self._model.to(memory_format=torch.channels_last)
         self._average = averaged_model(self._model, config.optim.ema_decay) if config.optim.ema_decay else None
         self._learner = self._make_learner()
-        self._region = RegionDDP(self._model, None) if world_size == 1 else BucketsOnMeta(self._model)
+        self._region = RegionOnMeta(self._model, world_size)
         self._replicas = (
             Replicas(self._learner) if world_size == 1 else ReplicasOnMeta(config.replicas, self._learner, world_size)
         )
@@ -153,7 +153,7 @@ class StepEstimator:
         average = [] if self._average is None else [*self._average.parameters(), *self._average.buffers()]
         tracker.holding([*self._model.parameters(), *self._model.buffers(), *average], Use.PARAMETERS)
         tracker.holding(optimizer_state_tensors(self._optimizer.optimizer), Use.OPTIMIZER_STATE)
-        if isinstance(self._region, BucketsOnMeta) and self._region.buckets is not None:
+        if self._region.buckets is not None:
             tracker.holding([self._region.buckets], Use.GRADIENTS)
         handles = [
             p.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, Use.GRADIENTS))

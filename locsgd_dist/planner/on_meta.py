@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from locsgd_dist.distributed import RegionDDP, ReplicaConfig, Replicas
 from locsgd_dist.distributed.replicas import assign_owners
-from locsgd_dist.localized import Layer, LocalizedLearner
+from locsgd_dist.localized import LocalizedLearner
 
 
 class QuickShapes(TorchDispatchMode):
@@ -30,20 +30,28 @@ class QuickShapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in self._LIKE_FIRST and args[0].is_meta:
-            return torch.empty_like(args[0])
+            return _empty_like(args[0])
         if func in self._LIKE_FIRST_LIST and args[0][0].is_meta:
-            return [torch.empty_like(tensor) for tensor in args[0]]
+            return [_empty_like(tensor) for tensor in args[0]]
         if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta and args[5]:
             x = args[0]
             dtype = torch.promote_types(x.dtype, torch.float32)
             mean, inverse_deviation = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
-            return torch.empty_like(x), mean, inverse_deviation
+            return _empty_like(x), mean, inverse_deviation
         if func is torch.ops.aten.native_batch_norm_backward.default and args[0].is_meta and args[7]:
             gradient, _, weight = args[:3]
             wants_input, *wants_affine = args[9]
-            affine = [torch.empty_like(weight) if wanted else None for wanted in wants_affine]
-            return (torch.empty_like(gradient) if wants_input else None, *affine)
+            affine = [_empty_like(weight) if wanted else None for wanted in wants_affine]
+            return (_empty_like(gradient) if wants_input else None, *affine)
         return func(*args, **(kwargs or {}))
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    """``torch.empty_like``, which on ``meta`` is a decomposition too, by way of the common memory formats."""
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        if tensor.is_contiguous(memory_format=memory_format):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta", memory_format=memory_format)
+    return torch.empty_like(tensor)
 
 
 class AutocastOnMeta(TorchFunctionMode):
@@ -96,8 +104,8 @@ class AutocastOnMeta(TorchFunctionMode):
         return tensor.float() if tensor.is_floating_point() else tensor
 
 
-class BucketsOnMeta(RegionDDP):
-    """The memory of DDP's gradient buckets, without the ranks: they live as long as the wrapper, gradients lie in them.
+class RegionOnMeta(RegionDDP):
+    """DDP's memory without the ranks: buckets live as long as the wrapper, and gradients come to lie in them.
 
     Attributes:
         buckets: one flat tensor for the gradients of the SGD region; None where nothing is reduced.
@@ -105,39 +113,44 @@ class BucketsOnMeta(RegionDDP):
 
     buckets: Tensor | None = None
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, world_size: int):
+        self._world_size = world_size
         self._handles: list[Any] = []
-        self._syncs = True
+        self.syncs = True
         super().__init__(model, None)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        self._syncs = False
+        self.syncs = False
         try:
             yield
         finally:
-            self._syncs = True
+            self.syncs = True
+
+    def refresh(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        self._wrap(init_sync=False)  # and no garbage is collected: nothing on meta needs it
 
     def _wrap(self, *, init_sync: bool) -> None:
         for handle in self._handles:
             handle.remove()
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.buckets, self._handles = None, []
-        if not parameters:
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        if self._world_size == 1 or not parameters:
             return
         self.buckets = torch.empty(sum(p.numel() for p in parameters), device="meta")
         views = self.buckets.split([p.numel() for p in parameters])
         for parameter, view in zip(parameters, views, strict=True):
-            self._handles.append(
-                parameter.register_post_accumulate_grad_hook(_into_bucket(self, view.view_as(parameter)))
-            )
+            hook = _into_bucket(self, view.view_as(parameter))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
 
-def _into_bucket(region: BucketsOnMeta, view: Tensor) -> Any:
+def _into_bucket(region: RegionOnMeta, view: Tensor) -> Any:
     """DDP copies a gradient into its bucket once it is whole, and lets the original go."""
 
     def move(parameter: Tensor) -> None:
-        if region._syncs:
+        if region.syncs:
             parameter.grad = view
 
     return move
@@ -162,18 +175,15 @@ class ReplicasOnMeta(Replicas):
             self.learner.gather_only(layer.index for layer in heaviest)
 
     def start(self) -> None:
-        layers = self._layers()
+        layers = self.learner.updated_layers
         if layers and self._config.mode != "periodic":
             self._exchanged = torch.empty(sum(layer.weight.numel() for layer in layers), device="meta")
 
     def finish_step(self) -> None:
         if self._exchanged is not None:
-            layers = self._layers()
+            layers = self.learner.updated_layers
             parts = self._exchanged.split([layer.weight.numel() for layer in layers])
             for layer, part in zip(layers, parts, strict=True):
                 self.learner.deltas[layer.index] = part.view_as(layer.weight)
             self._exchanged = None
         super().finish_step()
-
-    def _layers(self) -> list[Layer]:
-        return self.learner.updated_layers

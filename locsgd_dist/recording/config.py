@@ -15,8 +15,9 @@ class RunConfig:
     dir: str = "runs/run"
     """Run directory: configuration, metrics, events, checkpoints and report of this run."""
     resume: str = "auto"
-    """`auto` continues from the newest checkpoint of `run.dir` if there is one, `never` starts afresh,
-    anything else is the path of the checkpoint to continue from."""
+    """`auto` continues from the newest checkpoint of `run.dir` if there is one, `never` starts afresh and moves
+    an earlier run aside, anything else is the path of the checkpoint to start from. A process that torchrun
+    restarts always continues."""
     tensorboard: bool = False
     """Write TensorBoard scalars to `tensorboard/` in the run directory as well."""
     console: Literal["auto", "rich", "plain", "quiet"] = "auto"

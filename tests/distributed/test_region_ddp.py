@@ -271,13 +271,14 @@ def _refresh_often(count: int) -> dict[str, Any]:
 
     for boundary in range(len(LAYERS) + 1):
         refresh_and_step(boundary)
-    refresh_and_step(0)
+    refresh_and_step(2)
     before = resources()
     for index in range(count):
         refresh_and_step(index % (len(LAYERS) + 1))
-    refresh_and_step(1)
-    stale = len(buckets)
     refresh_and_step(0)
+    stale = len(buckets)
+    # Gradients of the layers that leave now are views into the buckets that are to go.
+    refresh_and_step(2)
     after = resources()
     return {
         "before": before,

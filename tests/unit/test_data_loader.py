@@ -6,6 +6,7 @@ import pickle
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ def image_folder(tmp_path: Path) -> Path:
 
 
 def children() -> set[int]:
-    return {
-        int(pid) for thread in Path("/proc/self/task").iterdir() for pid in (thread / "children").read_text().split()
-    }
+    found: set[int] = set()
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # A thread may end while we look; its children pass to another one.
+            found |= {int(pid) for pid in (thread / "children").read_text().split()}
+    return found
 
 
 def open_files() -> int:
@@ -203,7 +206,7 @@ def test_fifty_changes_of_the_batch_size_leak_neither_workers_nor_files() -> Non
         # The very same processes, and no file more than after the first epoch.
         assert children() - children_before == workers
         assert falls_to(files)
-    assert children() == children_before
+    assert children() <= children_before
     assert falls_to(files_before)
 
 
@@ -212,12 +215,12 @@ def test_evaluations_take_their_workers_with_them() -> None:
     with build(DataConfig(**NUMBERED, workers=1, val_batch=4)) as bundle:
         for _ in range(2):
             assert sum(batch.local_size for batch in bundle.val) == 23
-            assert children() == children_before
+            assert children() <= children_before
         for batch in bundle.val:
             assert len(children() - children_before) == 1
             del batch  # Its classes lie in memory shared with the worker, by an open file.
             break
-        assert children() == children_before
+        assert children() <= children_before
     assert falls_to(files_before)
 
 
@@ -229,7 +232,7 @@ def test_closing_in_mid_epoch_stops_the_workers_even_while_an_iterator_lives() -
     assert len(children() - children_before) == 2
     bundle.close()
     bundle.close()
-    assert children() == children_before
+    assert children() <= children_before
     with pytest.raises(RuntimeError, match="the data bundle is closed"):
         next(iterator)
 
@@ -238,13 +241,13 @@ def test_a_preemption_signal_to_all_processes_does_not_cost_the_workers() -> Non
     children_before = children()
     with build(DataConfig(**NUMBERED, workers=2), batch=2) as bundle:
         iterator = iter(bundle.train)
-        seen = next(iterator).targets.tolist()
+        seen = next(iterator).targets.tolist() + next(iterator).targets.tolist()  # One by each, so both are up.
         for pid in children() - children_before:
             os.kill(pid, signal.SIGTERM)
         for batch in iterator:
             seen += batch.targets.tolist()
         assert sorted(seen) == list(range(61))
-    assert children() == children_before
+    assert children() <= children_before
 
 
 def test_a_data_set_can_be_sent_to_workers_that_are_not_forked(image_folder: Path) -> None:
@@ -257,11 +260,16 @@ def test_a_data_set_can_be_sent_to_workers_that_are_not_forked(image_folder: Pat
     assert pickle.loads(pickle.dumps(outlive_sigterm)) is outlive_sigterm
 
 
-def test_a_file_that_cannot_be_decoded_is_named(image_folder: Path) -> None:
-    (image_folder / "train" / "class2" / "0001.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    config = DataConfig(name="imagefolder", root=str(image_folder), image_size=32, in_memory=False, workers=1)
-    with build(config) as bundle, pytest.raises(OSError, match=r"cannot decode .*class2/0001\.png"):
-        list(bundle.train)
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_file_that_cannot_be_decoded_is_named_and_leaves_no_worker(image_folder: Path, name: str) -> None:
+    (image_folder / name / "class2" / "0001.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    config = DataConfig(name="imagefolder", root=str(image_folder), image_size=32, in_memory=False, workers=2)
+    children_before = children()
+    with build(config, batch=4) as bundle, pytest.raises(OSError, match=r"cannot decode .*class2/0001\.png") as caught:
+        list(getattr(bundle, name))
+    # Even while the error, whose traceback reaches into the loader, is at hand.
+    assert children() <= children_before
+    assert caught.value.__traceback__ is not None
 
 
 def test_workers_are_sized_to_the_cores_each_rank_has() -> None:

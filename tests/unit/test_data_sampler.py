@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from locsgd_dist.memory import BatchConfig
 from locsgd_dist.data.sampler import EpochSampler, Step
+from locsgd_dist.memory import BatchConfig
 
 
 def sampler(num: int, *, seed: int = 0, rank: int = 0, world_size: int = 1, per_gpu: int = 4) -> EpochSampler:

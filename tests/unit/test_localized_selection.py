@@ -131,7 +131,7 @@ def test_resnet50_over_90_epochs() -> None:
         (90, 0.75, 37, 2, 6),  # 6.49
         (3, 0.75, 21, 2, 1),  # .38: at least 1
         (30, 0.5, 20, 1, 3),  # 3 exactly
-        (9, 0.3, 10, 1, 3),  # 3 exactly, though .3 * 10 is 3 only by rounding
+        (90, 0.02, 54, 3, 250),  # 250 exactly, 249.99999999999997 in floating point
         (10, 1.0, 1, 1, 10),
         (12, 0.0, 21, 2, 12),  # no layer may shift: any K does
     ],
