@@ -1,4 +1,4 @@
-"""``locsgd``: train, evaluate, export, report."""
+"""``locsgd``: train, plan, evaluate, export, report."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["train"]:
             return train(arguments[1:])
+        if arguments[:1] == ["plan"]:
+            from locsgd_dist.planner.command import plan
+
+            return plan(arguments[1:])
         return _run(arguments)
     except ValueError as error:
         return config_error_exit(error, is_main=True)
@@ -28,6 +32,9 @@ def _run(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
         "train", help="start a run: locsgd train [--nproc N|gpu|auto] [--config FILE] [--section.key=value ...]"
+    )
+    commands.add_parser(
+        "plan", help="foretell memory, batch, traffic and time: locsgd plan [--config FILE] [--gpu-memory 10GiB] ..."
     )
     evaluate = commands.add_parser("evaluate", help="evaluate a run's network on its validation set")
     export = commands.add_parser("export", help="write a run's weights for use without this package")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from locsgd_dist.data.config import DataConfig
 from locsgd_dist.data.recipe import resolve, resolve_augmentation
@@ -34,7 +33,7 @@ def data_shape(config: DataConfig) -> DataShape:
     if config.name in STANDARD_SETS:
         return DataShape(STANDARD_SETS[config.name].num_classes, config.image_size or 32)
     if config.name == "imagefolder":
-        return DataShape(len(image_folders(Path(config.root))[2]), config.image_size or 224)
+        return DataShape(len(image_folders(config.folder)[2]), config.image_size or 224)
     if ":" in config.name:
         source = open_source(config)
         return DataShape(source.num_classes, config.image_size or source.image_size)
@@ -47,16 +46,15 @@ def check_data(config: DataConfig) -> None:
     Raises:
         ValueError: one line that names the key and the remedy.
     """
-    root = Path(config.root)
     if config.name in STANDARD_SETS:
         spec = STANDARD_SETS[config.name]
         if not config.download:
-            spec.require_files(root)
+            spec.require_files(config.folder)
         check_train_samples(config, spec.num_train)
         size = data_shape(config).image_size
         resolve_augmentation(config, size, photographs=spec.photographs, self_augmenting=False)
     elif config.name == "imagefolder":
-        train, _, _ = image_folders(root)
+        train, _, _ = image_folders(config.folder)
         if config.train_samples is not None:
             check_train_samples(config, len(list_images(train)))
         resolve_augmentation(config, data_shape(config).image_size, photographs=True, self_augmenting=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 Augmentation = Literal["auto", "none", "crop_flip", "crop_flip_cutout", "imagenet_paper", "imagenet_torchvision"]
@@ -67,6 +68,11 @@ class DataConfig:
 
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of a package.module:factory."""
+
+    @property
+    def folder(self) -> Path:
+        """`root` with ~ expanded, which neither YAML nor a shell does after an equals sign."""
+        return Path(self.root).expanduser()
 
     def __post_init__(self) -> None:
         for key in ("train_samples", "image_size", "val_batch"):

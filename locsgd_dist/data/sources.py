@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def digits() -> Source:
 
 def standard(config: DataConfig) -> Source:
     """One of torchvision's sets, from its standard files."""
-    spec, root = STANDARD_SETS[config.name], Path(config.root)
+    spec, root = STANDARD_SETS[config.name], config.folder
     return Source(
         spec.load(root, train=True, download=config.download),
         spec.load(root, train=False, download=False),
@@ -105,7 +106,7 @@ def standard(config: DataConfig) -> Source:
 
 def imagefolder(config: DataConfig) -> Source:
     """Folders of image files, one per class."""
-    train, val, classes = image_folders(Path(config.root))
+    train, val, classes = image_folders(config.folder)
     return Source(list_images(train), list_images(val), num_classes=len(classes), image_size=224)
 
 
@@ -141,7 +142,7 @@ def list_images(folder: Path) -> FileItems:
         found = datasets.ImageFolder(folder)
     except FileNotFoundError as error:
         raise ValueError(f"data.root: {' '.join(str(error).split())}") from error
-    names = [str(Path(path).relative_to(folder)) for path, _ in found.samples]
+    names = [path.removeprefix(f"{folder}{os.sep}") for path, _ in found.samples]
     return FileItems(folder, names, found.targets)
 
 

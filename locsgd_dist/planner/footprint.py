@@ -6,8 +6,8 @@ stood in for (`on_meta`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,15 +19,30 @@ from locsgd_dist.config import Config
 from locsgd_dist.data import Batch, DataShape
 from locsgd_dist.distributed import Replicas
 from locsgd_dist.distributed.replicas import assign_owners
-from locsgd_dist.localized import LayerMap, LocalizedLearner
+from locsgd_dist.localized import Layer, LayerMap, LocalizedLearner
 from locsgd_dist.memory.tensor_bytes import CUDA_ALLOCATION_BYTES, optimizer_state_tensors
 from locsgd_dist.models import build_model
 from locsgd_dist.optimization import RegionOptimizer, averaged_model
-from locsgd_dist.planner.on_meta import AutocastOnMeta, QuickShapes, RegionOnMeta, ReplicasOnMeta
+from locsgd_dist.planner.on_meta import QuickShapes, RegionOnMeta, ReplicasOnMeta
 from locsgd_dist.planner.timeline import StepLog, StepMemory, StepTracker, Use
 from locsgd_dist.step import Tally, TrainStep
 
 META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class StepMacs:
+    """Multiply-adds per image of one rank's step.
+
+    Attributes:
+        forward: of the whole network.
+        backward: of the SGD region: weight gradients, and input gradients but where nothing before needs them.
+        localized: updates of the localized region that the busiest rank computes.
+    """
+
+    forward: float
+    backward: float
+    localized: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,34 +53,31 @@ class BoundaryStep:
         boundary: T.
         memory: of one rank, for any batch.
         gradient_bytes: gradients of the SGD region, as they are sent (half under bf16 compression).
-        replica_bytes: one exchange of the localized region's updates or weights; 0 where none moves.
-        macs: multiply-adds per image, by what they are for.
+        forward_macs, backward_macs: multiply-adds per image, see :class:`StepMacs`.
+        updated: layers that learn locally; each costs its multiply-adds once more, on ``batch_fraction`` of a batch.
+        shares_updates: whether the ranks divide the updated layers among them (replicas.mode=sharded).
     """
 
     boundary: int
     memory: StepMemory
     gradient_bytes: int
-    replica_bytes: int
-    macs: StepMacs
-
-
-@dataclass(frozen=True)
-class StepMacs:
-    """Multiply-adds per image of one rank's step.
-
-    Attributes:
-        forward: of the whole network.
-        backward: of the SGD region: weight gradients, and input gradients but where nothing before needs them.
-        localized: weight updates of the localized region that the busiest rank computes.
-    """
-
-    forward: float
-    backward: float
-    localized: float
+    forward_macs: int
+    backward_macs: int
+    updated: tuple[Layer, ...]
+    batch_fraction: float
+    shares_updates: bool
 
     @property
-    def total(self) -> float:
-        return self.forward + self.backward + self.localized
+    def replica_bytes(self) -> int:
+        """One exchange of the localized region's updates or weights, in float32; 0 where none learns."""
+        return sum(4 * layer.weight.numel() for layer in self.updated)
+
+    def macs(self, world_size: int) -> StepMacs:
+        """Multiply-adds per image of the busiest of ``world_size`` ranks: the others wait for it."""
+        useful_ranks = max(1, min(world_size, len(self.updated)))
+        shares = assign_owners(self.updated, useful_ranks) if self.shares_updates else [self.updated]
+        localized = max(sum(layer.macs for layer in share) for share in shares)
+        return StepMacs(self.forward_macs, self.backward_macs, localized * self.batch_fraction)
 
 
 class StepEstimator:
@@ -81,26 +93,25 @@ class StepEstimator:
         ValueError: the network is unknown or cannot run on ``meta`` tensors.
     """
 
-    def __init__(
-        self, config: Config, shape: DataShape, *, world_size: int, rounding: int = CUDA_ALLOCATION_BYTES
-    ):
+    def __init__(self, config: Config, shape: DataShape, *, world_size: int, rounding: int = CUDA_ALLOCATION_BYTES):
         self._config = config
         self._shape = shape
         self._world_size = world_size
         self._rounding = rounding
-        with META:
+        with META, self._foretellable():
             self._model = build_model(replace(config.model, weights=None), shape.num_classes).to(META)
         if config.train.channels_last:
             self._model.to(memory_format=torch.channels_last)
         self._average = averaged_model(self._model, config.optim.ema_decay) if config.optim.ema_decay else None
-        self._learner = self._make_learner()
-        self._region = RegionOnMeta(self._model, world_size)
+        with self._foretellable():
+            self._learner = self._make_learner()
+        self._region = RegionOnMeta(self._model, world_size, half_precision=config.train.precision != "fp32")
         self._replicas = (
             Replicas(self._learner) if world_size == 1 else ReplicasOnMeta(config.replicas, self._learner, world_size)
         )
         self._optimizer = RegionOptimizer(self._model, config.optim)
         self._step = TrainStep(
-            replace(config.train, precision="fp32"),
+            replace(config.train, precision="fp32"),  # the region casts: torch has no autocast on meta
             self._region,
             self._replicas,
             self._optimizer,
@@ -109,7 +120,7 @@ class StepEstimator:
             label_smoothing=config.optim.label_smoothing,
         )
         self._model.train()
-        with QuickShapes():  # the first step makes the optimizer's state
+        with self._foretellable(), QuickShapes():  # the first step makes the optimizer's state
             self._take_step(config.batch.per_gpu)
 
     @property
@@ -144,8 +155,13 @@ class StepEstimator:
             boundary,
             memory,
             gradient_bytes=sum(p.numel() * (2 if compressed else p.element_size()) for p in trainable),
-            replica_bytes=sum(layer.weight.numel() * 4 for layer in self._learner.updated_layers),
-            macs=self._macs(with_input_gradient),
+            forward_macs=sum(layer.macs for layer in self.layers),
+            backward_macs=sum(
+                layer.macs * (1 + (layer.index in with_input_gradient)) for layer in self.layers[boundary:]
+            ),
+            updated=tuple(self._learner.updated_layers),
+            batch_fraction=self._config.localized.batch_fraction,
+            shares_updates=self._config.replicas.mode == "sharded",
         )
 
     def _logged_step(self, per_gpu: int) -> StepLog:
@@ -175,22 +191,19 @@ class StepEstimator:
         batch = Batch(images, torch.zeros(per_gpu, dtype=torch.int64, device=META), per_gpu * self._world_size, per_gpu)
         # Of accumulated micro-batches the second is the first that runs beside gradients; more are like it.
         batches = [batch] * min(2, self._config.train.gradient_accumulation)
-        with AutocastOnMeta() if self._config.train.precision != "fp32" else nullcontext():
-            self._step(batches, Tally(META))
+        self._step(batches, Tally(META))
 
-    def _macs(self, with_input_gradient: set[int]) -> StepMacs:
-        layers, boundary = self.layers, self._learner.boundary
-        updated = self._learner.updated_layers
-        if self._config.replicas.mode == "sharded":
-            # The ranks wait for the one with most to do.
-            localized = max(sum(layer.macs for layer in share) for share in assign_owners(updated, self._world_size))
-        else:
-            localized = sum(layer.macs for layer in updated)
-        return StepMacs(
-            forward=sum(layer.macs for layer in layers),
-            backward=sum(layer.macs * (1 + (layer.index in with_input_gradient)) for layer in layers[boundary:]),
-            localized=localized * self._config.localized.batch_fraction,
-        )
+    @contextmanager
+    def _foretellable(self) -> Iterator[None]:
+        """Inside, the network meets ``meta`` tensors for the first time; what it does with them is its own affair."""
+        try:
+            yield
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"model.name {self._config.model.name} cannot be planned: it does not run on tensors without values "
+                f"({reason})"
+            ) from error
 
     def _make_learner(self) -> LocalizedLearner:
         rule = self._config.localized.rule
@@ -202,12 +215,6 @@ class StepEstimator:
             batch_fraction=self._config.localized.batch_fraction,
             seed=self._config.train.seed,
         )
-
-
-def estimate(config: Config, shape: DataShape, boundaries: Iterable[int], **options: Any) -> list[BoundaryStep]:
-    """The step at each of ``boundaries``, which rise; ``options`` as of :class:`StepEstimator`."""
-    estimator = StepEstimator(config, shape, **options)
-    return [estimator.move_to(boundary) for boundary in boundaries]
 
 
 def _see_input(index: int, with_input_gradient: set[int]) -> Any:

@@ -113,11 +113,18 @@ class RegionOnMeta(RegionDDP):
 
     buckets: Tensor | None = None
 
-    def __init__(self, model: nn.Module, world_size: int):
+    def __init__(self, model: nn.Module, world_size: int, *, half_precision: bool = False):
         self._world_size = world_size
+        self._autocast = AutocastOnMeta() if half_precision else None
         self._handles: list[Any] = []
         self.syncs = True
         super().__init__(model, None)
+
+    def __call__(self, *args: Any) -> Any:
+        if self._autocast is None:
+            return self.module(*args)
+        with self._autocast:
+            return self.module(*args)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -418,20 +418,26 @@ def test_without_overlap_the_exchange_starts_behind_the_forward_pass(two_ranks: 
         assert seen["steps"] == [([0, 0, 0], True)] * 2
 
 
-def train_without_start(mode: str) -> tuple[Weights, Weights]:
-    """The same steps by a loop that neither arms nor starts the exchange, and by the one that does."""
+def train_without_start(mode: str) -> tuple[Weights, Weights, int]:
+    """The same step by a loop that arms too late and starts nothing, and by the one that does as it should; bytes that
+    an evaluation sends after the first."""
     images, targets = samples(GLOBAL_BATCH, 0)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     bare, full = Training(mode, boundary=3), Training(mode, boundary=3)
     F.cross_entropy(bare.region(images[rank::world_size]), targets[rank::world_size]).backward()
+    bare.replicas.arm()
     bare.replicas.finish_step()
+    bare.traffic.take()
+    bare.model.eval()(images)
     full.step()
-    return bare.localized(), full.localized()
+    return bare.localized(), full.localized(), bare.traffic.take().replica_bytes
 
 
 @pytest.mark.parametrize("mode", ["sharded", "all_reduce"])
 def test_a_step_that_started_no_exchange_makes_it_up(two_ranks: Any, mode: str) -> None:
-    assert_bit_equal([state for pair in two_ranks.run(train_without_start, mode) for state in pair])
+    results = two_ranks.run(train_without_start, mode)
+    assert_bit_equal([state for bare, full, _ in results for state in (bare, full)])
+    assert [sent for *_, sent in results] == [0, 0]
 
 
 # --- owners -------------------------------------------------------------------------------------------------------

@@ -226,6 +226,63 @@ def test_a_rank_without_samples_learns_nothing_from_its_filler(ranks: Any, mode:
     assert_bit_equal([{name: result["after"][name] for name in trained} for result in results])
 
 
+# --- a step that is only tried --------------------------------------------------------------------------------------
+
+
+class DoesNotFit(nn.Module):
+    """Runs out of memory on one rank, in the backward pass of a batch of the given size."""
+
+    def __init__(self, batch: int, rank: int) -> None:
+        super().__init__()
+        self.batch = batch if dist.get_rank() == rank else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1.0
+        if len(x) == self.batch and y.requires_grad:
+            y.register_hook(self._fail)
+        return y
+
+    def _fail(self, gradient: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+
+def train_with_trials(mode: str, every: int, trials: bool, deterministic: bool) -> tuple[Any, ...]:
+    """Weights and momentum, random state, bytes sent and failed trials of a run with a shift."""
+    torch.manual_seed(dist.get_rank())
+    model = NormNet()
+    model.insert(7, DoesNotFit(batch=7, rank=1))
+    training = Training(mode, every, model=model, deterministic=deterministic)
+    failures = []
+    for step in range(8):
+        if step == 3:
+            training.shift(2)
+        if trials and step in (0, 3, 5, 6):
+            for per_gpu in (6, 7):
+                try:
+                    training.train_step.trial(per_gpu, (3, 8, 8), CLASSES)
+                except RuntimeError as error:
+                    failures.append(f"step {step}, batch {per_gpu}: {error}")
+        training.step(samples(8, step))
+    training.replicas.synchronise()
+    state = weights_of(model) | {
+        f"optimizer/{n}": s["momentum_buffer"].numpy() for n, s in training.optimizer.state_dict().items()
+    }
+    traffic = training.traffic.take()
+    return state, torch.get_rng_state().tolist(), [traffic.replica_bytes, traffic.gradient_bytes], failures
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("mode", "every"), [("sharded", 4), ("periodic", 2)])
+def test_a_trial_leaves_no_trace(two_ranks: Any, mode: str, every: int, deterministic: bool) -> None:
+    """Not even where one rank alone runs out of memory in its backward pass."""
+    plainly = two_ranks.run(train_with_trials, mode, every, False, deterministic)
+    with_trials = two_ranks.run(train_with_trials, mode, every, True, deterministic)
+    for rank, (expected, actual) in enumerate(zip(plainly, with_trials, strict=True)):
+        assert_bit_equal([expected[0], actual[0]])
+        assert expected[1:3] == actual[1:3]
+        assert len(actual[3]) == (4 if rank == 1 else 0)
+
+
 # --- mixed precision ----------------------------------------------------------------------------------------------
 
 

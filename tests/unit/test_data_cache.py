@@ -59,6 +59,15 @@ def test_a_changed_file_and_another_size_are_decoded_anew(cache: Path, config: D
     assert len(list(cache.glob("*.npy"))) == 5
 
 
+def test_a_change_that_keeps_the_size_is_noticed_by_its_time(cache: Path, config: DataConfig) -> None:
+    path = Path(config.root) / "val" / "class0" / "extra.bmp"
+    for grey in (0, 255):
+        Image.new("RGB", (16, 16), (grey,) * 3).save(path)
+        os.utime(path, (grey, grey))
+        assert (pixels(config)[5] > 0).all() == (grey == 255)
+    assert path.stat().st_size == 54 + 16 * 16 * 3
+
+
 def make_slowly(folder: Path) -> np.ndarray:
     """Leaves a mark for each time it is called."""
     os.close(os.open(folder / f"made-by-{os.getpid()}", os.O_CREAT | os.O_EXCL))

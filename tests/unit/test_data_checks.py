@@ -160,6 +160,15 @@ def test_a_download_that_fails_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_image_folder(tmp_path / "set")
+    write_mnist(tmp_path / "MNIST" / "raw")
+    for config in (DataConfig(name="imagefolder", root="~/set"), DataConfig(name="mnist", root="~")):
+        check_data(config)
+        assert build(config, batch=5).num_val > 0
+
+
 def test_shapes_are_known_without_data(tmp_path: Path) -> None:
     assert data_shape(DataConfig()) == DataShape(num_classes=10, channels=3, image_size=32)
     assert data_shape(DataConfig(name="cifar100", root="nowhere")) == DataShape(100, 32)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_sets import build, write_image_folder
+from data_sets import Numbered, build, write_image_folder
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
@@ -90,6 +90,21 @@ def test_workers_bring_what_lies_in_memory(image_folder: Path, workers: int) -> 
                     assert torch.equal(batch.images, other.images)
                     assert torch.equal(batch.targets, other.targets)
                     assert (batch.local_size, batch.global_size) == (other.local_size, other.global_size)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_larger_set_is_decoded_in_order_and_its_workers_go(workers: int) -> None:
+    children_before = children()
+    kwargs = {"num": 1100, "num_val": 300, "side": 4}
+    config = DataConfig(name="data_sets:Numbered", kwargs=kwargs, in_memory=True, workers=workers)
+    bundle = build(config, batch=1100)
+    assert children() <= children_before
+    std, mean = (torch.tensor(values)[:, None, None] for values in (IMAGENET.std, IMAGENET.mean))
+    for split, stream in (("train", bundle.train), ("val", bundle.val)):
+        originals = Numbered(split, **kwargs).images
+        for batch in stream:
+            made = ((batch.images * std + mean) * 255).round().byte()
+            assert torch.equal(made, originals[batch.targets])
 
 
 @pytest.mark.parametrize("augmentation", ["imagenet_paper", "imagenet_torchvision"])

@@ -124,6 +124,18 @@ def test_a_tried_batch_can_be_given_back() -> None:
         assert torch.equal(batch.images, other.images)
 
 
+def test_moving_discards_what_was_under_way() -> None:
+    stream, untouched = (build(CONFIG, batch=8).train for _ in range(2))
+    whole = list(untouched)
+    iterator = iter(stream)
+    next(iterator), next(iterator)
+    stream.load_state_dict({"epoch": 0, "cursor": 8})
+    assert torch.equal(next(iterator).images, whole[1].images)
+    stream.set_epoch(0)
+    for batch, other in zip(iterator, whole, strict=True):
+        assert torch.equal(batch.images, other.images)
+
+
 def test_a_state_of_a_larger_set_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no position 100 in epoch 0 .*data\.train_samples"):
         build(CONFIG).train.load_state_dict({"epoch": 0, "cursor": 100})

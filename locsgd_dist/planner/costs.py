@@ -1,0 +1,130 @@
+"""Traffic and time in closed form: multiply-adds, and the alpha-beta model of collectives on a ring."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from locsgd_dist.distributed import ReplicaConfig
+from locsgd_dist.planner.footprint import BoundaryStep
+
+FIRST_BUCKET_BYTES = 1 << 20
+BUCKET_BYTES = 25 << 20
+"""DDP's defaults: the first bucket is small, so that the first all-reduce starts early."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run is planned for.
+
+    Attributes:
+        gpus: ranks, one per GPU.
+        flops_per_second: sustained by one GPU; None: no times.
+        bytes_per_second: of each GPU's link, in each direction; None: no times.
+        latency_seconds: of one message.
+        memory_bytes: of each GPU, as far as the step may use it; None: unlimited.
+    """
+
+    gpus: int = 1
+    flops_per_second: float | None = None
+    bytes_per_second: float | None = None
+    latency_seconds: float = 10e-6
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class EpochTraffic:
+    """Payload of one rank over an epoch, each collective counted once.
+
+    Attributes:
+        steps: optimizer steps.
+        gradient_bytes, gradient_collectives: all-reduces of the SGD region, one per bucket and step.
+        replica_bytes, replica_exchanges: what keeps replicas of the localized region equal.
+    """
+
+    steps: int
+    gradient_bytes: int
+    gradient_collectives: int
+    replica_bytes: int
+    replica_exchanges: int
+
+
+def num_steps(num_train: int, images_per_step: int) -> int:
+    """Optimizer steps of an epoch; the last may hold fewer images."""
+    return -(-num_train // images_per_step)
+
+
+def num_buckets(gradient_bytes: int) -> int:
+    """DDP's all-reduces per step, to within the grain of its tensors: buckets of 25 MiB after one of 1 MiB."""
+    if gradient_bytes == 0:
+        return 0
+    return 1 + max(0, math.ceil((gradient_bytes - FIRST_BUCKET_BYTES) / BUCKET_BYTES))
+
+
+def epoch_traffic(step: BoundaryStep, steps: int, gpus: int, replicas: ReplicaConfig) -> EpochTraffic:
+    """What one rank sends in an epoch of ``steps`` at that boundary; nothing on one GPU."""
+    if gpus == 1:
+        return EpochTraffic(steps, 0, 0, 0, 0)
+    # At an epoch's end whatever is pending is exchanged, so that a window cut short costs as much as a whole one.
+    exchanges = steps if replicas.mode == "all_reduce" else -(-steps // replicas.every)
+    exchanges = exchanges if step.replica_bytes else 0
+    return EpochTraffic(
+        steps,
+        gradient_bytes=steps * step.gradient_bytes,
+        gradient_collectives=steps * num_buckets(step.gradient_bytes),
+        replica_bytes=exchanges * step.replica_bytes,
+        replica_exchanges=exchanges,
+    )
+
+
+def all_reduce_seconds(num_bytes: float, collectives: float, machine: Machine) -> float:
+    """Ring all-reduce: every byte crosses each link 2 (n-1)/n times, a collective takes 2 (n-1) messages in turn."""
+    assert machine.bytes_per_second is not None
+    n = machine.gpus
+    return 2 * (n - 1) * (num_bytes / n / machine.bytes_per_second + collectives * machine.latency_seconds)
+
+
+def broadcast_seconds(num_bytes: float, collectives: float, machine: Machine) -> float:
+    """Pipelined broadcast along a ring: every byte crosses each link once, n-1 messages until the last rank has it."""
+    assert machine.bytes_per_second is not None
+    if machine.gpus == 1:
+        return 0.0
+    return num_bytes / machine.bytes_per_second + (machine.gpus - 1) * collectives * machine.latency_seconds
+
+
+@dataclass(frozen=True)
+class EpochTime:
+    """Seconds of one epoch.
+
+    Attributes:
+        forward: forward passes.
+        localized: localized updates, on the busiest rank.
+        backward: backward passes.
+        exchange: gradients and replicas, as if nothing ran beside them.
+    """
+
+    forward: float
+    localized: float
+    backward: float
+    exchange: float
+
+    @property
+    def total(self) -> float:
+        """The exchange runs beside the backward pass and shows only where it takes longer."""
+        return self.forward + self.localized + max(self.backward, self.exchange)
+
+
+def epoch_time(
+    step: BoundaryStep, traffic: EpochTraffic, *, num_train: int, machine: Machine, replicas: ReplicaConfig
+) -> EpochTime:
+    """Seconds of an epoch: two operations per multiply-add at the GPU's rate, collectives as modelled above."""
+    assert machine.flops_per_second is not None
+    per_mac = 2 * num_train / machine.gpus / machine.flops_per_second
+    macs = step.macs(machine.gpus)
+    exchange = all_reduce_seconds(traffic.gradient_bytes, traffic.gradient_collectives, machine)
+    if replicas.mode == "sharded":
+        owners = min(machine.gpus, len(step.updated))
+        exchange += broadcast_seconds(traffic.replica_bytes, traffic.replica_exchanges * owners, machine)
+    else:
+        exchange += all_reduce_seconds(traffic.replica_bytes, traffic.replica_exchanges, machine)
+    return EpochTime(per_mac * macs.forward, per_mac * macs.localized, per_mac * macs.backward, exchange)
