@@ -202,6 +202,7 @@ class Trainer:
         metrics: dict[str, Any] = {}
         models = {"": self.model}
         if self.ema is not None:
+            self.replicas.synchronise_copy(self.ema.module)
             pool_buffers(self.ema, self.runtime.data_group)
             models["ema_"] = self.ema.module
         for prefix, model in models.items():

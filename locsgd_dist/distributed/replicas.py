@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from locsgd_dist.distributed.traffic import Traffic
 from locsgd_dist.localized import Layer, LocalizedLearner
@@ -88,6 +88,9 @@ class Replicas:
 
     def synchronise(self) -> None:
         """Applies what is gathered and makes the localized weights of all ranks equal."""
+
+    def synchronise_copy(self, model: nn.Module) -> None:
+        """Makes the localized weights of a copy (a moving average of the network) equal on all ranks."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -240,10 +243,18 @@ class AveragedReplicas(Replicas):
         if self._steps_since_average == self._every:
             self.synchronise()
 
-    @torch.no_grad()
     def synchronise(self) -> None:
-        weights = [layer.weight for layer in self.learner.updated_layers]
-        if self._steps_since_average and weights:
+        if self._steps_since_average:
+            self._average([layer.weight for layer in self.learner.updated_layers])
+        self._steps_since_average = 0
+
+    def synchronise_copy(self, model: nn.Module) -> None:
+        # An average of averages: the moving average is linear in the weights, so this is that of the averaged replicas.
+        self._average([model.get_parameter(f"{layer.name}.weight") for layer in self.learner.updated_layers])
+
+    @torch.no_grad()
+    def _average(self, weights: Sequence[Tensor]) -> None:
+        if weights:
             flat = torch.cat([weight.detach().reshape(-1) for weight in weights])
             dist.all_reduce(flat, group=self._group)
             self._traffic.add_replicas(flat.numel() * flat.element_size())
@@ -251,7 +262,6 @@ class AveragedReplicas(Replicas):
             # In place: the weights keep their storage and memory format.
             for weight, mean in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
                 weight.copy_(mean.view_as(weight))
-        self._steps_since_average = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps_since_average": self._steps_since_average}

@@ -173,6 +173,7 @@ class ReplicasOnMeta(Replicas):
         super().__init__(learner)
         self._config = config
         self._world_size = world_size
+        self._armed = False
         self._exchanged: Tensor | None = None
 
     def refresh(self) -> None:
@@ -181,8 +182,12 @@ class ReplicasOnMeta(Replicas):
             heaviest = max(shares, key=lambda share: sum(layer.weight.numel() for layer in share))
             self.learner.gather_only(layer.index for layer in heaviest)
 
+    def arm(self) -> None:
+        self._armed = True
+
     def start(self) -> None:
-        layers = self.learner.updated_layers
+        layers = self.learner.updated_layers if self._armed else []
+        self._armed = False
         if layers and self._config.mode != "periodic":
             self._exchanged = torch.empty(sum(layer.weight.numel() for layer in layers), device="meta")
 

@@ -17,8 +17,8 @@ from locsgd_dist.config import parse_config
 from locsgd_dist.recording import RunDirectory
 from locsgd_dist.trainer import Trainer
 
-#: What a clock or the machine's memory decides.
-MEASURED = {"seconds", "eval_seconds", "images_per_second", "footprint_bytes", "footprint_source"}
+#: What a clock decides. The footprint is not among it: on the CPU it is exact, and the batch follows it.
+MEASURED = {"seconds", "eval_seconds", "images_per_second"}
 FLAGS = (
     "--data.name=digits",
     "--data.train_samples=150",
@@ -26,6 +26,8 @@ FLAGS = (
     "--model.name=resnet18",
     "--model.width=2",
     "--batch.per_gpu=16",
+    "--train.epochs=3",
+    "--train.seed=3",
     "--train.device=cpu",
     "--optim.ema_decay=0.9",
     "--selection.kind=fixed",
@@ -39,7 +41,7 @@ FLAGS = (
 )
 
 
-def train(ports: list[int], run_dir: str, seed: int, epochs: int) -> list[dict[str, Any]]:
+def train(ports: list[int], run_dir: str) -> list[dict[str, Any]]:
     """Trains in a world of its own (the trainer makes and closes one), then puts the pool's back."""
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(ports[0])
@@ -47,8 +49,7 @@ def train(ports: list[int], run_dir: str, seed: int, epochs: int) -> list[dict[s
         # A process that has drawn random numbers before must not differ from one that has not.
         random.seed(ports[0])
         torch.manual_seed(ports[0])
-        changing = (f"--run.dir={run_dir}", f"--train.seed={seed}", f"--train.epochs={epochs}")
-        with Trainer(parse_config(["--config", "quickstart", *FLAGS, *changing])) as t:
+        with Trainer(parse_config(["--config", "quickstart", *FLAGS, f"--run.dir={run_dir}"])) as t:
             t.fit()
             return [
                 {name: value.numpy().copy() for name, value in model.state_dict().items()} for model in (t.model, t.ema)
@@ -78,15 +79,14 @@ def numbers(run_dir: Path) -> list[dict[str, Any]]:
 def test_same_seed_same_numbers_on_two_ranks(two_ranks: Any, tmp_path: Path) -> None:
     runs: dict[str, list[dict[str, Any]]] = {}
     trained: dict[str, Weights] = {}
-    for name, seed, epochs in (("first", 3, 3), ("second", 3, 3), ("other", 4, 1)):
-        results = two_ranks.run(train, free_ports(2), str(tmp_path / name), seed, epochs)
+    for name in ("first", "second"):
+        results = two_ranks.run(train, free_ports(2), str(tmp_path / name))
         for states in zip(*results, strict=True):
             assert_bit_equal(states)  # the network and the averaged network, on both ranks
         runs[name], trained[name] = numbers(tmp_path / name), results[0][0]
     assert [epoch["boundary"] for epoch in runs["first"]] == [0, 5, 5]
     assert runs["first"] == runs["second"]
     assert_bit_equal([trained["first"], trained["second"]])
-    assert runs["first"][0]["train_loss"] != runs["other"][0]["train_loss"]
 
     checkpoint = load_state(CheckpointStore(tmp_path / "second" / "checkpoints").paths()[-1])
     assert_bit_equal([trained["first"], {name: value.numpy() for name, value in checkpoint["model"].items()}])

@@ -1,4 +1,4 @@
-"""The foretold footprint against exact bytes of real steps on the CPU, and at other batches against direct estimates."""
+"""The foretold footprint against exact bytes of real steps on the CPU, at the planned batch and at others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from locsgd_dist.config import Config, parse_config
 from locsgd_dist.data import Batch, DataShape
@@ -26,9 +27,9 @@ CLASSES = 10
 NETWORKS = {
     "resnet18": (("--model.name=resnet18", "--model.width=16"), 32, (0, 9, 15)),
     "vgg13": (("--model.name=vgg13", "--model.width=16"), 32, (0, 5, 8)),
-    "resnet34": (("--model.name=resnet34",), 64, (0, 13, 27)),
-    "resnet50": (("--model.name=resnet50",), 64, (0, 15, 40)),
-    "mobilenet_v2": (("--model.name=mobilenet_v2",), 64, (0, 20, 39)),
+    "resnet34": (("--model.name=resnet34",), 32, (0, 13, 27)),
+    "resnet50": (("--model.name=resnet50",), 32, (0, 15, 40)),
+    "mobilenet_v2": (("--model.name=mobilenet_v2",), 32, (0, 20, 39)),
 }
 
 
@@ -68,12 +69,12 @@ def foretold(config: Config, side: int, boundaries: Sequence[int], world_size: i
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_papers_networks_within_five_percent_of_real_steps(name: str) -> None:
+def test_the_papers_networks_equal_real_steps_to_the_byte(name: str) -> None:
     arguments, side, boundaries = NETWORKS[name]
     config = configuration(*arguments)
     measured = Measured(config, side)
     for step in foretold(config, side, boundaries):
-        assert step.memory.at(4).total == pytest.approx(measured.at(step.boundary, 4), rel=0.05), step.boundary
+        assert step.memory.at(4).total == measured.at(step.boundary, 4), step.boundary
 
 
 @pytest.mark.parametrize(
@@ -84,36 +85,35 @@ def test_the_papers_networks_within_five_percent_of_real_steps(name: str) -> Non
         ("--localized.rule=frozen",),
         ("--localized.rule=random",),
         ("--train.precision=bf16",),
-        ("--model.name=torchvision:densenet121",),
         ("--model.name=torchvision:shufflenet_v2_x0_5",),
     ],
     ids=lambda arguments: arguments[0].split("=", 1)[1],
 )
-def test_other_steps_within_five_percent_of_real_ones(arguments: tuple[str, ...]) -> None:
+def test_other_steps_equal_real_ones_to_the_byte(arguments: tuple[str, ...]) -> None:
     small = ["--model.width=8"] if "model.name" not in arguments[0] else ["--model.width=null"]
     config = parse_config([*small, "--batch.per_gpu=8", *arguments])
     measured = Measured(config, 32)
     for step in foretold(config, 32, (0, 9)):
-        assert step.memory.at(8).total == pytest.approx(measured.at(step.boundary, 8), rel=0.05), step.boundary
+        assert step.memory.at(8).total == measured.at(step.boundary, 8), step.boundary
 
 
 @functools.cache
 def small_steps() -> list[BoundaryStep]:
-    return foretold(configuration("--model.name=resnet18", "--model.width=4"), 32, range(16))
+    return foretold(configuration("--model.name=resnet18", "--model.width=4"), 32, (0, 8, 15))
 
 
 @pytest.mark.parametrize("per_gpu", [1, 3, 100])
 def test_any_batch_follows_from_two(per_gpu: int) -> None:
     """Not the peak but every tensor is affine in the batch; a direct estimate at another batch must agree exactly."""
-    direct = foretold(configuration("--model.name=resnet18", "--model.width=4", per_gpu=per_gpu), 32, range(16))
+    direct = foretold(configuration("--model.name=resnet18", "--model.width=4", per_gpu=per_gpu), 32, (0, 8, 15))
     assert [step.memory.at(per_gpu) for step in small_steps()] == [step.memory.at(per_gpu) for step in direct]
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     config = configuration("--model.name=resnet18", "--model.width=4")
     measured = Measured(config, 32)
-    memory = 6_000_000
-    for step in small_steps()[::5]:
+    memory = 2_500_000
+    for step in small_steps():
         largest = step.memory.largest_batch(memory)
         assert measured.at(step.boundary, largest) <= memory < measured.at(step.boundary, largest + 1)
 
@@ -122,6 +122,10 @@ def test_too_little_memory_for_one_image() -> None:
     step = small_steps()[0]
     assert step.memory.largest_batch(step.memory.at(1).total) == 1
     assert step.memory.largest_batch(step.memory.at(1).total - 1) == 0
+
+
+def _loss(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(model(images), targets)
 
 
 def test_the_parts() -> None:
@@ -136,7 +140,8 @@ def test_the_parts() -> None:
         assert parts.parameters == sum(tensor.nbytes for tensor in held)
         assert parts.optimizer_state == sum(p.nbytes for p in model.parameters() if p.requires_grad)
         images, targets = torch.randn(64, 3, 32, 32), torch.zeros(64, dtype=torch.int64)
-        saved = saved_activation_bytes(lambda: F.cross_entropy(model(images), targets), excluded=held)
+        forward = functools.partial(_loss, model, images, targets)
+        saved = saved_activation_bytes(forward, excluded=held)
         assert 0.85 * saved < parts.activations <= saved
         assert parts.total == sum(asdict(parts).values())
 
