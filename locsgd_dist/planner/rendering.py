@@ -208,7 +208,7 @@ def _doubling_axes(axes: Axes, gpus: list[int]) -> None:
 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(gpus[:: max(1, len(gpus) // 7)]))
+    axes.xaxis.set_major_locator(FixedLocator(gpus[:: -(-len(gpus) // 7)]))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_locator(NullLocator())

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from launching import environment
 
 SMALL = ("--model.width=4", "--data.name=cifar10", "--data.root=nowhere", "--train.epochs=12")
@@ -48,27 +47,7 @@ def test_json_of_a_recorded_trace(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (("--gpus=0",), "--gpus: must be a whole number from 1 to 4096, got '0'"),
-        (("--gpu-memory=10Gig",), "--gpu-memory must be a size such as 10GiB or 800MB, got '10Gig'"),
-        (("--gpu-tflops=fast", "--link-gbps=1"), "--gpu-tflops: must be a number > 0, got 'fast'"),
-        (("--gpu-tflops=1", "--gpus=2"), "--gpu-tflops needs --link-gbps on more than one GPU"),
-        (("--pace=slow",), "--pace: invalid choice: 'slow'"),
-        (("--boundary-trace=nowhere",), "--boundary-trace cannot be read: nowhere"),
-        (("--boundary-trace=deep.json",), "--boundary-trace holds the boundary 22, but the network has 21 layers"),
-        (("--pace=static", "--boundary-trace=deep.json"), "--pace and --boundary-trace exclude each other"),
-        (("--data.name=mine:factory",), "--num-classes, --num-train and --data.image_size must be given"),
-        (("--batch.per_gpus=3",), "unknown key batch.per_gpus; did you mean batch.per_gpu?"),
-        (("--plots=deep.json/figures",), "--plots must be a folder that can be written"),
-    ],
-    ids=lambda value: value[0].lstrip("-") if isinstance(value, tuple) else "",
-)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[str, ...], named: str) -> None:
-    (tmp_path / "deep.json").write_text("[0, 22]")
-    done = plan("--model.width=4", *arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"locsgd: error: {named}")
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = plan("--gpus=0", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "locsgd: error: --gpus: must be a whole number from 1 to 4096, got '0'\n"
