@@ -156,7 +156,7 @@ class StepMemory:
     def __init__(self, batches: tuple[int, int], logs: tuple[StepLog, StepLog]):
         if not np.array_equal(logs[0].uses, logs[1].uses):
             raise ValueError(
-                f"the network runs other operations on {batches[1]} images than on {batches[0]}: "
+                f"model.name: the network runs other operations on {batches[1]} images than on {batches[0]}: "
                 "its memory cannot be foretold"
             )
         self._batches = batches
