@@ -23,6 +23,13 @@ TINY = (
     "--selection.kind=static",
     "--checkpoint.keep=9",
 )
+GROWING = (
+    "--batch.policy=halving",
+    "--batch.memory_budget=1GiB",
+    "--batch.min_steps=1",
+    "--batch.interval_epochs=2",
+    "--batch.lr_ramp_epochs=2.5",
+)
 TIMES = {"seconds", "eval_seconds", "images_per_second", "footprint_bytes"}
 
 
@@ -32,7 +39,7 @@ def without_times(record: dict) -> dict:
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_run_cut_off_after_an_epoch_ends_bit_equal(nproc: int, launch: Launch, tmp_path: Path):
-    whole = launch(*TINY, "--run.dir=whole", nproc=nproc)
+    whole = launch(*TINY, *GROWING, "--run.dir=whole", nproc=nproc)
     assert whole.returncode == 0, whole.stderr[-3000:]
     # What a kill during the fourth epoch leaves: three checkpoints, and a line of the fourth epoch already recorded.
     cut = tmp_path / "cut"
@@ -42,9 +49,13 @@ def test_a_run_cut_off_after_an_epoch_ends_bit_equal(nproc: int, launch: Launch,
     lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
     (cut / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
 
-    resumed = launch(*TINY, "--run.dir=cut", nproc=nproc)
+    resumed = launch(*TINY, *GROWING, "--run.dir=cut", nproc=nproc)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert [without_times(m) for m in metrics(cut)] == [without_times(m) for m in metrics(tmp_path / "whole")]
+    # The boundary moved and the batch grew on both sides of the cut, which lies inside a learning-rate ramp.
+    assert len({m["boundary"] for m in metrics(cut)[:3]}) > 1
+    assert len({m["per_gpu_batch"] for m in metrics(cut)[:3]}) > 1
+    assert metrics(cut)[2]["per_gpu_batch"] < metrics(cut)[4]["per_gpu_batch"]
     (resume,) = events(cut, "resume")
     assert (resume["epoch"], resume["samples_seen"]) == (3, 90)
     ends = [torch.load(run / "checkpoints" / "epoch-0005.pt") for run in (tmp_path / "whole", cut)]
