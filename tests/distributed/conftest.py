@@ -1,104 +1,17 @@
-"""Real gloo ranks for tests: processes started once per session and reused, since importing torch costs seconds."""
+"""Fixtures with two and four real gloo ranks, shared by all tests of a session."""
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
-import queue
-import socket
-import traceback
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-
-_START_SECONDS = 120
-_CALL_SECONDS = 300
+from rank_pool import RankPool
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "distributed" in item.path.parts:
             item.add_marker(pytest.mark.distributed)
-
-
-class RankPool:
-    """``world_size`` processes in one gloo world; ``run(f, ...)`` calls ``f(*args)`` on each and returns their results.
-
-    ``f`` must be a module-level function. A rank that raises fails the call with its traceback.
-    """
-
-    def __init__(self, world_size: int):
-        self.world_size = world_size
-        self._processes: list[mp.process.BaseProcess] = []
-
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        if not self._processes:
-            self._start()
-        for calls in self._calls:
-            calls.put((function, args))
-        results: dict[int, Any] = {}
-        failures: list[str] = []
-        while len(results) + len(failures) < self.world_size:
-            try:
-                rank, ok, value = self._results.get(timeout=_CALL_SECONDS)
-            except queue.Empty:
-                failures.append(f"no answer within {_CALL_SECONDS} s")
-                break
-            if ok:
-                results[rank] = value
-            else:
-                failures.append(f"rank {rank}:\n{value}")
-                break  # its peers may wait in a collective for ever
-        if failures:
-            self.stop()
-            pytest.fail("\n".join(failures), pytrace=False)
-        return [results[rank] for rank in range(self.world_size)]
-
-    def _start(self) -> None:
-        context = mp.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self._results = context.Queue()
-        self._calls = [context.Queue() for _ in range(self.world_size)]
-        self._processes = [
-            context.Process(target=_serve, args=(rank, self.world_size, port, self._calls[rank], self._results))
-            for rank in range(self.world_size)
-        ]
-        for process in self._processes:
-            process.start()
-        for _ in self._processes:
-            self._results.get(timeout=_START_SECONDS)
-
-    def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
-        self._processes = []
-
-
-def _serve(rank: int, world_size: int, port: int, calls: Any, results: Any) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results.put((rank, True, "ready"))
-    while True:
-        function, args = calls.get()
-        try:
-            results.put((rank, True, function(*args)))
-        except BaseException:
-            results.put((rank, False, traceback.format_exc()))
 
 
 @pytest.fixture(scope="session")
