@@ -55,8 +55,8 @@ def test_a_measured_step_changes_no_bit_and_counts_buckets(two_ranks: Any, optio
     for (plain_weights, _), (measured_weights, _) in zip(plain, measured, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(plain_weights, measured_weights, strict=True))
     (_, footprints), (_, of_rank_1) = measured
-    # Equal but for a scalar that a collective's own thread may release a moment later on one rank.
-    assert footprints == pytest.approx(of_rank_1, abs=16)
+    # Under static_graph, which the trainer does not use, one rank was once seen 8 bytes above the other.
+    assert footprints == (pytest.approx(of_rank_1, abs=8) if "static_graph" in options else of_rank_1)
     # Weights, momentum and buckets throughout, gradients too unless they are views into the buckets: then one layer's
     # at a time, before it is copied there. The rest are activations and their gradients: less than twice all of them.
     copies = 3 if options else 4

@@ -8,7 +8,6 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from plain_reference import Weights, assert_bit_equal
@@ -18,7 +17,7 @@ from locsgd_dist.config import parse_config
 from locsgd_dist.recording import RunDirectory
 from locsgd_dist.trainer import Trainer
 
-#: What a clock decides.
+#: What a clock decides. The footprint is not among it: on the CPU it is exact, and the batch follows it.
 MEASURED = {"seconds", "eval_seconds", "images_per_second"}
 FLAGS = (
     "--data.name=digits",
@@ -86,9 +85,6 @@ def test_same_seed_same_numbers_on_two_ranks(two_ranks: Any, tmp_path: Path) -> 
             assert_bit_equal(states)  # the network and the averaged network, on both ranks
         runs[name], trained[name] = numbers(tmp_path / name), results[0][0]
     assert [epoch["boundary"] for epoch in runs["first"]] == [0, 5, 5]
-    footprints = [[epoch.pop("footprint_bytes") for epoch in runs[name]] for name in ("first", "second")]
-    # Exact tensor bytes, but for a scalar that a collective's own thread may release a moment later.
-    assert footprints[0] == pytest.approx(footprints[1], abs=16)
     assert runs["first"] == runs["second"]
     assert_bit_equal([trained["first"], trained["second"]])
 
