@@ -22,6 +22,8 @@ class TrainConfig:
 
     epochs: int = 24
     """Epochs of the run; >= 1."""
+    evaluate_every: int = 1
+    """Epochs between two evaluations; the last epoch is always evaluated; >= 1."""
     seed: int = 0
     """Seed of initial weights, sample order, augmentation and drawn rules; >= 0."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -38,7 +40,7 @@ class TrainConfig:
     """Deterministic kernels and reduction order: same seed, ranks and batches give the same bits, at some speed."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "gradient_accumulation"):
+        for key in ("epochs", "evaluate_every", "gradient_accumulation"):
             if getattr(self, key) < 1:
                 raise ValueError(f"train.{key} must be >= 1, got {getattr(self, key)}")
         if self.seed < 0:

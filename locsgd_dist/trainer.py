@@ -143,14 +143,18 @@ class Trainer:
                 metrics = self._train_epoch()
             self.replicas.synchronise()
             pool_buffers(self.model, self.runtime.data_group)
-            metrics |= self._validate()
+            is_last = self.epoch + 1 == self.config.train.epochs
+            if is_last or (self.epoch + 1) % self.config.train.evaluate_every == 0:
+                metrics |= self._validate()
+            else:
+                metrics |= {"val_loss": None, "val_top1": None, "eval_seconds": 0.0}
             change = self.trace.end()
             metrics |= self._record_of(change, metrics["sum_of_lr"])
             self.epoch += 1
             self._decide(metrics, change)
             self.recorder.epoch(metrics)
             self._move_boundary(metrics["boundary_next"])
-            self.batching.grow(metrics, is_last=self.epoch == self.config.train.epochs)
+            self.batching.grow(metrics, is_last=is_last)
             self._save(metrics)
         return metrics
 
@@ -163,7 +167,7 @@ class Trainer:
         self.monitor.reset_peak()
         self.model.train()
         tally = Tally(self.runtime.device)
-        sum_of_lr, start = 0.0, time.perf_counter()
+        sum_of_lr, start, cpu_start = 0.0, time.perf_counter(), time.process_time()
         for index, batches in enumerate(self._steps()):
             done = self.samples_seen / self.data.num_train
             self.optimizer.lr = lr_at(config.optim, done, config.train.epochs) * self.batching.lr_scale.at(done)
@@ -178,7 +182,7 @@ class Trainer:
             self.samples_seen += sum(batch.global_size for batch in batches)
             self._show_progress(tally, start)
         loss, correct, samples = self.runtime.sum(tally.sums())
-        seconds = self.runtime.max([time.perf_counter() - start])[0]
+        seconds, cpu_seconds = self.runtime.max([time.perf_counter() - start, time.process_time() - cpu_start])
         return {
             "epoch": epoch,
             "samples_seen": self.samples_seen,
@@ -188,6 +192,7 @@ class Trainer:
             "train_loss": loss / samples,
             "train_top1": correct / samples,
             "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "images_per_second": samples / seconds,
         }
 
@@ -292,8 +297,10 @@ class Trainer:
     def _save(self, metrics: dict[str, Any]) -> None:
         """A checkpoint at the epoch's edge, where all ranks are equal but for their random state."""
         is_last = self.epoch == self.config.train.epochs
-        is_best = metrics["val_top1"] > self.best_top1
-        self.best_top1 = max(self.best_top1, metrics["val_top1"])
+        top1 = metrics["val_top1"]
+        is_best = top1 is not None and top1 > self.best_top1
+        if is_best:
+            self.best_top1 = top1
         if not (is_last or is_best or self.epoch % self.config.checkpoint.every_epochs == 0):
             return
         rng = self.runtime.gather(torch.get_rng_state())
