@@ -5,6 +5,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
+# Tests run side by side, one thread each; those with several ranks stay together.
+PARALLEL := --numprocesses=$(CORES) --maxprocesses=4 --dist=loadgroup
 
 .PHONY: quickstart test test-quick lint clean
 
@@ -15,11 +17,11 @@ quickstart: $(VENV)/.installed
 	@echo "Report: runs/quickstart/report.html"
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 # Without the tests that start several processes.
 test-quick: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not distributed and not e2e"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not distributed and not e2e"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

@@ -91,9 +91,12 @@ class RegionOptimizer:
     Args:
         model: the network; parameters that require a gradient now are optimized.
         config: the ``optim`` section.
+        keeps_released: refresh steps still train what has left: it stays, with its state, and moves in no other step,
+            since it then has no gradient.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig):
+    def __init__(self, model: nn.Module, config: OptimConfig, *, keeps_released: bool = False):
+        self._keeps_released = keeps_released
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         norm_and_bias = set() if config.decay_norm_and_bias else {p for p in trainable if p.dim() <= 1}
@@ -125,7 +128,9 @@ class RegionOptimizer:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Forgets parameters that left the SGD region, and their state."""
+        """Forgets parameters that left the SGD region, and their state, unless refresh steps still train them."""
+        if self._keeps_released:
+            return
         leaving = set(parameters)
         for group in self.optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p not in leaving]

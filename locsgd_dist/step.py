@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locsgd_dist.data import Batch
-from locsgd_dist.distributed import RegionDDP, Replicas
+from locsgd_dist.distributed import Refresh, RegionDDP, Replicas
 from locsgd_dist.optimization import RegionOptimizer
 
 
@@ -72,8 +72,10 @@ class TrainStep:
         region: the network under data parallelism.
         replicas: of the localized region.
         optimizer: of the SGD region.
+        refresh: steps in which the localized region learns by its true gradient; None: none.
         world_size: number of ranks.
         label_smoothing: of the cross-entropy.
+        penalty: gives what is added to the loss of a step, a function of the weights; None for nothing.
     """
 
     def __init__(
@@ -83,15 +85,19 @@ class TrainStep:
         replicas: Replicas,
         optimizer: RegionOptimizer,
         *,
+        refresh: Refresh | None = None,
         world_size: int,
         device: torch.device,
         label_smoothing: float = 0.0,
+        penalty: Callable[[], Tensor | None] = lambda: None,
     ):
         self._region = region
         self._replicas = replicas
+        self._refresh = refresh or Refresh(replicas.learner, None, region.traffic, every=0)
         self._optimizer = optimizer
         self._world_size = world_size
         self._label_smoothing = label_smoothing
+        self._penalty = penalty
         self._device = device
         self._channels_last = config.channels_last
         self._autocast = autocast(config, device)
@@ -108,14 +114,21 @@ class TrainStep:
     def __call__(self, batches: Sequence[Batch], tally: Tally) -> None:
         """Takes one optimizer step on ``batches`` (its micro-batches on this rank; see ``gradient_accumulation``)."""
         samples = sum(batch.global_size for batch in batches)
-        for batch in batches[:-1]:
-            with self._region.no_sync():
-                self._forward_backward(batch, samples, tally)
-        self._replicas.arm()
-        self._forward_backward(batches[-1], samples, tally)
+        is_refresh = self._refresh.is_due
+        with self._refresh.mode() if is_refresh else nullcontext():
+            for batch in batches[:-1]:
+                with self._region.no_sync():
+                    self._forward_backward(batch, samples, tally)
+            if not is_refresh:
+                self._replicas.arm()
+            self._forward_backward(batches[-1], samples, tally)
+        if is_refresh:
+            self._refresh.reduce()
         self._optimizer.step(self.scaler)
         self._optimizer.zero_grad()
-        self._replicas.finish_step()
+        if not is_refresh:
+            self._replicas.finish_step()
+        self._refresh.finish_step()
 
     def trial(self, per_gpu: int, input_shape: tuple[int, int, int], num_classes: int) -> None:
         """The memory of a step of ``per_gpu`` images and nothing else of it: every collective is off; buffers, random
@@ -135,6 +148,8 @@ class TrainStep:
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             self._replicas.learner.discarding(),
             self._region.no_sync(),
+            # The dearest step there is at this boundary.
+            self._refresh.mode() if self._refresh.enabled else nullcontext(),
         ):
             try:
                 self._forward_backward(Batch(images, targets, per_gpu, per_gpu), per_gpu, Tally(device))

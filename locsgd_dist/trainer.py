@@ -17,7 +17,7 @@ from locsgd_dist.batching import BatchController
 from locsgd_dist.checkpoint import CheckpointStore, load_state, was_restarted
 from locsgd_dist.config import Config
 from locsgd_dist.data import Batch, build_data
-from locsgd_dist.distributed import RegionDDP, Runtime, Traffic, make_replicas, pool_buffers, resolve_device
+from locsgd_dist.distributed import Refresh, RegionDDP, Runtime, Traffic, make_replicas, pool_buffers, resolve_device
 from locsgd_dist.localized import (
     EpochDiagnostics,
     LocalizedLearner,
@@ -97,12 +97,21 @@ class Trainer:
             self.traffic,
             overlap=not config.train.compile,
         )
-        self.optimizer = RegionOptimizer(self.model, config.optim)
+        self.refresh = Refresh(
+            self.learner,
+            self.runtime.data_group,
+            self.traffic,
+            every=config.localized.refresh_every,
+            recompute=config.localized.refresh_recompute,
+            gain=config.localized.refresh_gain,
+        )
+        self.optimizer = RegionOptimizer(self.model, config.optim, keeps_released=self.refresh.enabled)
         self.step = TrainStep(
             config.train,
             self.region,
             self.replicas,
             self.optimizer,
+            refresh=self.refresh,
             world_size=self.runtime.world_size,
             device=device,
             label_smoothing=config.optim.label_smoothing,
@@ -167,14 +176,18 @@ class Trainer:
         self.monitor.reset_peak()
         self.model.train()
         tally = Tally(self.runtime.device)
+        num_refreshes = 0
         sum_of_lr, start, cpu_start = 0.0, time.perf_counter(), time.process_time()
         for index, batches in enumerate(self._steps()):
             done = self.samples_seen / self.data.num_train
             self.optimizer.lr = lr_at(config.optim, done, config.train.epochs) * self.batching.lr_scale.at(done)
             self.learner.lr = config.localized.lr_at(epoch) * self.batching.local_lr_scale.at(done)
             sum_of_lr += self.optimizer.lr
-            # The second step is the first with momentum and settled buckets.
+            # The second step is the first with momentum and settled buckets; a refresh step needs more.
             measure = index == 1 or len(self.data.train) == 0 == index
+            if self.refresh.is_due:
+                measure |= num_refreshes == 0
+                num_refreshes += 1
             with self.monitor.measured_step(self.model, self.optimizer.optimizer) if measure else nullcontext():
                 self.step(batches, tally)
             if self.ema is not None:
@@ -189,6 +202,7 @@ class Trainer:
             "lr": self.optimizer.lr,
             "sum_of_lr": sum_of_lr,
             "num_steps": index + 1,
+            "num_refresh_steps": num_refreshes,
             "train_loss": loss / samples,
             "train_top1": correct / samples,
             "seconds": seconds,
@@ -320,6 +334,7 @@ class Trainer:
             "scaler": None if self.step.scaler is None else self.step.scaler.state_dict(),
             "learner": self.learner.state_dict(),
             "replicas": self.replicas.state_dict(),
+            "refresh": self.refresh.state_dict(),
             "selector": self.selector.state_dict(),
             "supervision": self.supervision.state_dict(),
             "batching": self.batching.state_dict(),
@@ -350,6 +365,7 @@ class Trainer:
         if self.step.scaler is not None and state["scaler"] is not None:
             self.step.scaler.load_state_dict(state["scaler"])
         self.replicas.load_state_dict(state["replicas"])
+        self.refresh.load_state_dict(state["refresh"])
         self.selector.load_state_dict(state["selector"])
         self.supervision.load_state_dict(state["supervision"])
         self.batching.load_state_dict(state["batching"])

@@ -1,6 +1,7 @@
 """Data parallelism that follows the boundary: gradients of the SGD region, replicas of the localized one."""
 
 from locsgd_dist.distributed.buffers import pool_buffers
+from locsgd_dist.distributed.refresh import Refresh
 from locsgd_dist.distributed.region_ddp import RegionDDP
 from locsgd_dist.distributed.replicas import ReplicaConfig, Replicas, make_replicas
 from locsgd_dist.distributed.runtime import DistributedConfig, Runtime, environment_rank, resolve_device
@@ -8,6 +9,7 @@ from locsgd_dist.distributed.traffic import Traffic
 
 __all__ = [
     "DistributedConfig",
+    "Refresh",
     "RegionDDP",
     "ReplicaConfig",
     "Replicas",

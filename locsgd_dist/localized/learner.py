@@ -16,6 +16,7 @@ at the boundary and to keep none of the prefix's activations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from locsgd_dist.localized.layers import Layer, trace_layers
+from locsgd_dist.localized.recompute import recomputing
 from locsgd_dist.localized.rules import LocalizedRule, make_rule
 
 
@@ -46,6 +48,14 @@ class LocalizedConfig:
     """Share of the batch from which localized updates are computed; in (0, 1]. 1 is the paper's."""
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     """How localized.lr follows the global batch: linear keeps the way that a layer moves in an epoch."""
+    refresh_every: int = 0
+    """Every n-th step backpropagates through the whole network and trains the localized region too; 0 = never, the
+    paper; >= 0."""
+    refresh_recompute: bool = True
+    """Keep only the inputs of the localized region's blocks in a refresh step and run them anew in its backward pass:
+    less memory, more arithmetic."""
+    refresh_gain: float = 1.0
+    """Factor on the localized region's gradients in a refresh step; > 0."""
 
     def __post_init__(self) -> None:
         if not self.rule:
@@ -58,6 +68,10 @@ class LocalizedConfig:
             raise ValueError(f"localized.lr_decay_epochs must be >= 1, got {self.lr_decay_epochs}")
         if not 0 < self.batch_fraction <= 1:
             raise ValueError(f"localized.batch_fraction must lie in (0, 1], got {self.batch_fraction}")
+        if self.refresh_every < 0:
+            raise ValueError(f"localized.refresh_every must be >= 0, got {self.refresh_every}")
+        if not 0 < self.refresh_gain < math.inf:
+            raise ValueError(f"localized.refresh_gain must be > 0, got {self.refresh_gain}")
 
     def lr_at(self, epoch: int) -> float:
         """Length of a localized step in ``epoch`` (from 0)."""
@@ -97,6 +111,9 @@ class LocalizedLearner:
         self.sign = 1.0
         self.batch_fraction = batch_fraction
         self.boundary = 0
+        self._model = model
+        self._released: list[nn.Parameter] = []
+        self._refreshing = False
         self._num_steps = torch.zeros((), dtype=torch.int64, device="cpu")
         self._updated: list[Layer] = []
         self._deltas: dict[int, Tensor] = {}
@@ -136,6 +153,7 @@ class LocalizedLearner:
                     layer.module.register_forward_hook(_GatherHook(self, layer), with_kwargs=True)
                     self._updated.append(layer)
         released = list(self.layers.parameters(self.boundary, boundary).values())
+        self._released += [parameter for parameter in released if parameter.requires_grad]
         for parameter in released:
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -154,6 +172,32 @@ class LocalizedLearner:
             yield
         finally:
             self._deltas = before
+
+    @property
+    def released(self) -> list[nn.Parameter]:
+        """Parameters that have left the SGD region so far: those that a refresh step trains again."""
+        return list(self._released)
+
+    @contextmanager
+    def refreshing(self, *, recompute: bool = False) -> Iterator[None]:
+        """A step by the true gradient for the localized region too: forward and backward pass belong inside.
+
+        No localized update is gathered inside. After it the gradients of :attr:`released` stay in ``grad``, for the
+        caller to reduce over ranks, to step with and to set to None.
+
+        Args:
+            recompute: keep only the inputs of the region's blocks and run them anew in the backward pass.
+        """
+        for parameter in self._released:
+            parameter.requires_grad_(True)
+        self._refreshing = True
+        try:
+            with recomputing(self._model, self.layers, self.boundary) if recompute else nullcontext():
+                yield
+        finally:
+            self._refreshing = False
+            for parameter in self._released:
+                parameter.requires_grad_(False)
 
     @property
     def deltas(self) -> dict[int, Tensor]:
@@ -195,7 +239,7 @@ class LocalizedLearner:
         return released
 
     def _gather(self, layer: Layer, a: Tensor, z: Tensor) -> None:
-        if self._gathered is not None and layer.index not in self._gathered:
+        if self._refreshing or (self._gathered is not None and layer.index not in self._gathered):
             return
         if a.requires_grad or z.requires_grad:
             raise RuntimeError(

@@ -18,7 +18,7 @@ from locsgd_dist.recording import RunDirectory
 from locsgd_dist.trainer import Trainer
 
 #: What a clock decides. The footprint is not among it: on the CPU it is exact, and the batch follows it.
-MEASURED = {"seconds", "eval_seconds", "images_per_second"}
+MEASURED = {"seconds", "cpu_seconds", "eval_seconds", "images_per_second"}
 FLAGS = (
     "--data.name=digits",
     "--data.train_samples=150",

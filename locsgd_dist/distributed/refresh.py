@@ -1,0 +1,120 @@
+"""Refresh steps: every n-th step the localized region learns by its true gradient too.
+
+Its gradients are reduced beside the DDP wrapper, whose buckets hold the SGD region alone: wrapping anew for each refresh
+would cost more than the reduction.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from locsgd_dist.distributed.traffic import Traffic
+from locsgd_dist.localized import LocalizedLearner
+
+BUCKET_BYTES = 25 << 20
+
+
+class Refresh:
+    """Counts steps, says which are refresh steps, and reduces the localized region's gradients in those.
+
+    Args:
+        learner: of the localized region.
+        group: the data group, or None for a world of one.
+        traffic: counts each all-reduce's payload as gradients.
+        every: steps between two refresh steps; 0: none, the paper.
+        recompute: run the region's blocks anew in the backward pass, so that the footprint stays low.
+        gain: factor on the region's gradients, to make up for the steps between; 1: as they are.
+    """
+
+    def __init__(
+        self,
+        learner: LocalizedLearner,
+        group: dist.ProcessGroup | None,
+        traffic: Traffic,
+        *,
+        every: int,
+        recompute: bool = True,
+        gain: float = 1.0,
+    ):
+        self._learner = learner
+        self._group = group
+        self._traffic = traffic
+        self._every = every
+        self._recompute = recompute
+        self._gain = gain
+        self._num_steps = 0
+
+    @property
+    def enabled(self) -> bool:
+        return self._every > 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the present step is one; there is nothing to refresh before the first shift."""
+        return self.enabled and self._learner.boundary > 0 and (self._num_steps + 1) % self._every == 0
+
+    def mode(self) -> AbstractContextManager[None]:
+        """Around the forward and backward passes of a refresh step."""
+        return self._learner.refreshing(recompute=self._recompute)
+
+    def finish_step(self) -> None:
+        """Call at the end of every step, refresh step or not."""
+        self._num_steps += 1
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """After the backward pass: averages the region's gradients over ranks, in buckets, and applies the gain.
+
+        Every rank calls it in the same step. A parameter without a gradient on some rank counts as zero there.
+        """
+        parameters = self._learner.released
+        if self._group is not None:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self._all_reduce([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self._gain != 1:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, self._gain)
+
+    def _all_reduce(self, gradients: list[Tensor]) -> None:
+        assert self._group is not None
+        in_flight: list[tuple[dist.Work, Tensor, list[Tensor]]] = []
+        for bucket in _buckets(gradients):
+            # Divided before the sum, as DDP does: the same bits.
+            flat = torch.cat([g.reshape(-1) for g in bucket]).div_(dist.get_world_size(self._group))
+            work = dist.all_reduce(flat, group=self._group, async_op=True)
+            assert work is not None
+            self._traffic.add_gradients(flat.numel() * flat.element_size())
+            in_flight.append((work, flat, bucket))
+        for work, flat, bucket in in_flight:
+            work.wait()
+            for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_steps": self._num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._num_steps = state["num_steps"]
+
+
+def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Tensors in order, cut into lists of one dtype and about ``BUCKET_BYTES`` each."""
+    buckets: list[list[Tensor]] = []
+    for _, same in groupby(tensors, key=lambda tensor: tensor.dtype):
+        size = BUCKET_BYTES
+        for tensor in same:
+            if size >= BUCKET_BYTES:
+                buckets.append([])
+                size = 0
+            buckets[-1].append(tensor)
+            size += tensor.numel() * tensor.element_size()
+    return buckets

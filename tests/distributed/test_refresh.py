@@ -1,0 +1,151 @@
+"""Refresh steps: the localized region learns by its true gradient in every n-th step, on any number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from plain_reference import LAYERS, NormNet, PlainNet, Weights, assert_bit_equal, assert_close, samples, weights_of
+from torch import nn
+
+from locsgd_dist.data import Batch
+from locsgd_dist.distributed import Refresh, RegionDDP, ReplicaConfig, Traffic, make_replicas
+from locsgd_dist.localized import LocalizedLearner
+from locsgd_dist.optimization import OptimConfig, RegionOptimizer
+from locsgd_dist.step import Tally, TrainConfig, TrainStep
+
+OPTIM = OptimConfig(lr=0.05, momentum=0.9, weight_decay=1e-2)
+CPU = torch.device("cpu")
+STEPS, SHIFT_AT, BATCH = 7, 2, 8
+NORM_NET_LAYERS = 4
+
+
+class Training:
+    def __init__(
+        self, model: nn.Module, *, rule: str = "frozen", every: int = 0, recompute: bool = False, gain: float = 1
+    ):
+        self.model = model
+        self.learner = LocalizedLearner(model, torch.zeros(1, 3, 8, 8), rule=rule, lr=0.02)
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        group = dist.group.WORLD if dist.is_initialized() else None
+        self.traffic = Traffic()
+        self.region = RegionDDP(model, group, self.traffic)
+        self.replicas = make_replicas(ReplicaConfig("sharded", 2), self.learner, group, self.traffic)
+        self.refresh = Refresh(self.learner, group, self.traffic, every=every, recompute=recompute, gain=gain)
+        self.optimizer = RegionOptimizer(model, OPTIM, keeps_released=every > 0)
+        self.step = TrainStep(
+            TrainConfig(device="cpu"),
+            self.region,
+            self.replicas,
+            self.optimizer,
+            refresh=self.refresh,
+            world_size=self.world_size,
+            device=CPU,
+        )
+
+    def run(self, boundary: int) -> Weights:
+        tally = Tally(CPU)
+        for index in range(STEPS):
+            if index == SHIFT_AT and boundary:
+                self.replicas.synchronise()
+                self.optimizer.release(self.learner.advance(boundary))
+                self.region.refresh()
+                self.replicas.refresh()
+            images, targets = samples(BATCH, index)
+            mine = slice(self.rank, None, self.world_size)
+            self.step([Batch(images[mine], targets[mine], BATCH, len(targets[mine]))], tally)
+        self.replicas.synchronise()
+        return weights_of(self.model)
+
+
+def train(network: str, boundary: int, options: dict[str, Any]) -> Weights:
+    torch.manual_seed(0)
+    return Training(NormNet() if network == "norm" else PlainNet(), **options).run(boundary)
+
+
+@pytest.mark.parametrize("boundary", [3, NORM_NET_LAYERS])
+def test_a_refresh_every_step_is_plain_sgd_bit_for_bit(two_ranks: Any, boundary: int) -> None:
+    assert_bit_equal([train("norm", 0, {}), train("norm", boundary, {"every": 1})])
+    together = two_ranks.run(train, "norm", 0, {})
+    refreshed = two_ranks.run(train, "norm", boundary, {"every": 1})
+    for plain, other in zip(together, refreshed, strict=True):
+        assert_bit_equal([plain, other])
+
+
+def reference(boundary: int, every: int, gain: float) -> Weights:
+    """Plain torch on whole batches: outside refresh steps the localized region has no gradient, so nothing moves it."""
+    torch.manual_seed(0)
+    model = PlainNet()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, weight_decay=OPTIM.weight_decay
+    )
+    localized = [p for name in LAYERS[:boundary] for p in model.get_submodule(name).parameters()]
+    for index in range(STEPS):
+        optimizer.zero_grad()
+        images, targets = samples(BATCH, index)
+        F.cross_entropy(model(images), targets).backward()
+        if index >= SHIFT_AT:
+            for parameter in localized:
+                if (index + 1) % every == 0:
+                    parameter.grad *= gain
+                else:
+                    parameter.grad = None
+        optimizer.step()
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("gain", [1.0, 3.0])
+def test_between_refreshes_the_region_rests_with_its_momentum(ranks: Any, gain: float, recompute: bool) -> None:
+    results = ranks.run(train, "plain", 3, {"every": 3, "gain": gain, "recompute": recompute})
+    assert_bit_equal(results)
+    assert_close(results[0], reference(3, 3, gain), rtol=1e-4, atol=5e-6)
+
+
+def test_the_rule_learns_between_refreshes(two_ranks: Any) -> None:
+    results = two_ranks.run(train, "norm", 3, {"rule": "hebbian", "every": 3})
+    assert_bit_equal([{k: v for k, v in result.items() if "running" not in k} for result in results])
+    frozen = two_ranks.run(train, "norm", 3, {"rule": "frozen", "every": 3})
+    assert (results[0]["0.weight"] != frozen[0]["0.weight"]).any()
+
+
+def bytes_by_step(every: int) -> tuple[list[int], int, int]:
+    torch.manual_seed(0)
+    training = Training(NormNet(), every=every)
+    training.optimizer.release(training.learner.advance(3))
+    training.region.refresh()
+    sent: list[int] = []
+    for index in range(2 * every):
+        images, targets = samples(BATCH, index)
+        mine = slice(training.rank, None, training.world_size)
+        training.step([Batch(images[mine], targets[mine], BATCH, len(targets[mine]))], Tally(CPU))
+        sent.append(training.traffic.take().gradient_bytes)
+    sizes = _bytes(training.model.parameters())
+    return sent, sizes, sizes - _bytes(training.learner.released)
+
+
+def _bytes(parameters: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def test_a_refresh_step_sends_every_gradient_and_the_others_those_of_the_sgd_region(two_ranks: Any) -> None:
+    for sent, whole, region in two_ranks.run(bytes_by_step, 3):
+        assert sent == [region, region, whole] * 2
+
+
+def test_the_count_of_steps_is_restored() -> None:
+    learner = LocalizedLearner(PlainNet(), torch.zeros(1, 3, 8, 8), rule="frozen")
+    learner.advance(1)
+    refresh = Refresh(learner, None, Traffic(), every=3)
+    due: list[bool] = []
+    for _ in range(7):
+        # As after a restart: a new object with the old one's state.
+        restored = Refresh(learner, None, Traffic(), every=3)
+        restored.load_state_dict(refresh.state_dict())
+        refresh = restored
+        due.append(refresh.is_due)
+        refresh.finish_step()
+    assert due == [False, False, True, False, False, True, False]
