@@ -33,6 +33,8 @@ class LocalizedRule:
 
     #: False: the localized region is left as it is; no hook runs.
     updates: bool = True
+    #: Products of the size of the layer's forward pass that :meth:`delta` takes; only counts of operations read it.
+    num_gemms: int = 1
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -126,6 +128,8 @@ class AntiHebbian(LocalizedRule):
 @register_rule("random")
 class RandomDirection(LocalizedRule):
     """A control: the same length in a direction drawn anew each step from (seed, layer, step), alike on all ranks."""
+
+    num_gemms = 0
 
     def delta(self, layer: Layer, a: Tensor, z: Tensor, step: Tensor) -> Tensor:
         return _random_direction(layer.weight, self.seed, layer.index, step)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from locsgd_dist.config import parse_config
+from locsgd_dist.config import Config, parse_config
 from locsgd_dist.memory.batch_policy import parse_bytes
 from locsgd_dist.planner.costs import Machine
 from locsgd_dist.planner.inputs import planned_data
@@ -31,6 +31,7 @@ def plan(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(config_arguments):
         print(parser.format_help())
     config = parse_config(config_arguments, prog="locsgd plan")
+    check_plannable(config)
     machine = Machine(
         gpus=options.gpus,
         flops_per_second=None if options.gpu_tflops is None else options.gpu_tflops * 1e12,
@@ -80,6 +81,24 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message.removeprefix("argument "))
+
+
+def check_plannable(config: Config) -> None:
+    """Checks that the run's network is the same in every step.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    if config.pruning.every_epochs:
+        raise ValueError(
+            "pruning.every_epochs > 0 cannot be planned: which channels go is seen in training; plan with "
+            "pruning.every_epochs=0, which is what the run needs at its start"
+        )
+    if config.stochastic_depth.survival < 1:
+        raise ValueError(
+            "stochastic_depth.survival < 1 cannot be planned: each step runs other blocks; plan with "
+            "stochastic_depth.survival=1, the most that a step can need"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from locsgd_dist.config import Config
 from locsgd_dist.data import Batch, DataShape
@@ -23,6 +21,7 @@ from locsgd_dist.localized import Layer, LayerMap, LocalizedLearner
 from locsgd_dist.memory.tensor_bytes import CUDA_ALLOCATION_BYTES, optimizer_state_tensors
 from locsgd_dist.models import build_model
 from locsgd_dist.optimization import RegionOptimizer, averaged_model
+from locsgd_dist.planner.macs import noting_input_gradients
 from locsgd_dist.planner.on_meta import QuickShapes, RegionOnMeta, ReplicasOnMeta
 from locsgd_dist.planner.timeline import StepLog, StepMemory, StepTracker, Use
 from locsgd_dist.step import Tally, TrainStep
@@ -140,14 +139,8 @@ class StepEstimator:
             self._region.refresh()
             self._replicas.refresh()
         per_gpu = self._config.batch.per_gpu
-        with_input_gradient: set[int] = set()
-        handles = [
-            layer.module.register_forward_pre_hook(_see_input(layer.index, with_input_gradient), with_kwargs=True)
-            for layer in self.layers
-        ]
-        first = self._logged_step(per_gpu)
-        for handle in handles:
-            handle.remove()
+        with noting_input_gradients(self.layers) as with_input_gradient:
+            first = self._logged_step(per_gpu)
         memory = StepMemory((per_gpu, 2 * per_gpu), (first, self._logged_step(2 * per_gpu)))
         trainable = [p for p in self.parameters if p.requires_grad]
         compressed = self._config.distributed.gradient_compression == "bf16"
@@ -215,13 +208,3 @@ class StepEstimator:
             batch_fraction=self._config.localized.batch_fraction,
             seed=self._config.train.seed,
         )
-
-
-def _see_input(index: int, with_input_gradient: set[int]) -> Any:
-    """Forward pre-hook: an input that requires a gradient costs its layer the second half of the backward pass."""
-
-    def see(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
-            with_input_gradient.add(index)
-
-    return see

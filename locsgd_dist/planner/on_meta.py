@@ -191,11 +191,11 @@ class ReplicasOnMeta(Replicas):
         if layers and self._config.mode != "periodic":
             self._exchanged = torch.empty(sum(layer.weight.numel() for layer in layers), device="meta")
 
-    def finish_step(self) -> None:
+    def finish_step(self, bad: Tensor | None = None) -> None:
         if self._exchanged is not None:
             layers = self.learner.updated_layers
             parts = self._exchanged.split([layer.weight.numel() for layer in layers])
             for layer, part in zip(layers, parts, strict=True):
                 self.learner.deltas[layer.index] = part.view_as(layer.weight)
             self._exchanged = None
-        super().finish_step()
+        super().finish_step(bad)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from locsgd_dist.recording.directory import RunDirectory, write_atomically
 from locsgd_dist.reporting import layer_figures, learning_figures, resource_figures, style, summary
 from locsgd_dist.reporting.drawing import FigureSpec
+from locsgd_dist.reporting.page import Card, page_template
 from locsgd_dist.reporting.run_data import RunData
 
 FIGURES = (
@@ -27,19 +26,6 @@ FIGURES = (
     FigureSpec("layer-drift", "Drift per layer", layer_figures.draw_drift),
 )
 """In the order of the page: memory, batch and traffic first, for they are what the method is about."""
-
-
-_SPACE_BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:[KMGTP]iB|B|s|min|h|img/s)\b)")
-
-
-@dataclass(frozen=True)
-class Card:
-    """A figure as the template takes it."""
-
-    key: str
-    title: str
-    caption: str
-    svg: str
 
 
 def write_report(run_dir: Path, *, plots: bool = True) -> Path:
@@ -70,17 +56,7 @@ def write_report(run_dir: Path, *, plots: bool = True) -> Path:
 
 def render(run: RunData, cards: list[Card], missing: list[str]) -> str:
     """The page. Text of the run is escaped; only the figures' SVG stands as it is."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("locsgd_dist.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["keep_units"] = lambda text: _SPACE_BEFORE_UNIT.sub("\u00a0", text)
-    return environment.get_template("report.html").render(
+    return page_template("report.html").render(
         run=run,
         cards=cards,
         missing=missing,

@@ -91,6 +91,7 @@ def draw_memory_trace(run: RunData) -> Drawing | None:
 
 _MARKS: dict[str, tuple[str, str, str, LineStyle]] = {
     "shift": ("shift", "green tick", style.GREEN, "solid"),
+    "prune": ("removal of channels", "dash-dotted green", style.GREEN, "dashdot"),
     "batch": ("change of batch", "dashed orange", style.ORANGE, DASHED),
     "oom": ("out of memory", "red", style.RED, "solid"),
     "resume": ("resume", "dotted purple", style.PURPLE, DOTTED),

@@ -34,8 +34,11 @@ class RunData:
     traces: list[RankTrace]
 
     @classmethod
-    def load(cls, path: Path) -> RunData:
-        """Reads the run directory `path`; raises FileNotFoundError if it is no directory."""
+    def load(cls, path: Path, *, traces: bool = True) -> RunData:
+        """Reads the run directory `path`, without `traces` all but the memory trace, by far its largest file.
+
+        Raises FileNotFoundError if it is no directory.
+        """
         if not path.is_dir():
             raise FileNotFoundError(f"no run directory at {path}")
         directory = RunDirectory(path)
@@ -46,7 +49,7 @@ class RunData:
             config_text=_read_text(directory.config),
             metrics=[by_epoch[epoch] for epoch in sorted(by_epoch)],
             events=directory.load_events(),
-            traces=load_memory_traces(directory.memory),
+            traces=load_memory_traces(directory.memory) if traces else [],
         )
 
     @cached_property

@@ -33,6 +33,17 @@ PALETTE = {
 
 INK, MUTED, GRID, BLUE, ORANGE, GREEN, PURPLE, RED, TEAL = (light for light, _ in PALETTE.values())
 
+SERIES = {
+    "series-1": ("#0072b2", "#56aee0"),
+    "series-2": ("#d55e00", "#f08c42"),
+    "series-3": ("#009e73", "#3cc79f"),
+    "series-4": ("#b5609a", "#dd93c4"),
+    "series-5": ("#3d9bd4", "#8fd0f5"),
+    "series-6": ("#b98500", "#e6b53c"),
+    "series-7": ("#5b3f8c", "#a88fdb"),
+}
+"""Colours of many curves in one figure, after Okabe and Ito: told apart with any colour vision, markers aside."""
+
 WIDTH, HEIGHT = 5.4, 3.05
 """Inches. At 72 units an inch the page shows a figure at about its natural size on a phone, larger on a desk."""
 
@@ -125,8 +136,9 @@ def to_png(figure: Figure, path: Path, title: str) -> None:
     """Writes the figure on white, its title above it."""
     from matplotlib.transforms import Bbox
 
-    text = figure.text(0.02, 1.03, title, fontsize=12, fontweight="bold")
-    box = Bbox.from_extents(0, 0, WIDTH, HEIGHT + 0.35)
+    width, height = figure.get_size_inches()
+    text = figure.text(0.02, 1 + 0.09 / height, title, fontsize=12, fontweight="bold")
+    box = Bbox.from_extents(0, 0, width, height + 0.35)
     figure.savefig(path, format="png", dpi=160, facecolor="white", bbox_inches=box)
     text.remove()
 
@@ -135,8 +147,8 @@ _SVG = "{http://www.w3.org/2000/svg}"
 _HREF = "{http://www.w3.org/1999/xlink}href"
 _REFERENCE = re.compile(r"(?<=#)(?=[mp][0-9a-f]{10}\b)")  # matplotlib's names of markers and clip paths
 _FONT_FAMILY = re.compile(r"font-family: [^;]*; ?")
-_COLOR = re.compile("|".join(light for light, _ in PALETTE.values()))
-_COLOR_NAMES = {light: name for name, (light, _) in PALETTE.items()}
+_COLOR_NAMES = {light: name for name, (light, _) in (PALETTE | SERIES).items()}
+_COLOR = re.compile("|".join(_COLOR_NAMES))
 _LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
 
 
