@@ -54,6 +54,7 @@ class BatchController:
         self._runtime = runtime
         self._recorder = recorder
         self._directory = directory
+        self._start_world_size = runtime.world_size
         self._incidents = OutOfMemoryLog(directory.path / "oom")
         shift = block_size if config.selection.tshift == "block" else config.selection.tshift
         self._policy = BatchPolicy(
@@ -134,13 +135,23 @@ class BatchController:
             "policy": self._policy.state_dict(),
             "lr_scale": self.lr_scale.state_dict(),
             "local_lr_scale": self.local_lr_scale.state_dict(),
+            "start_world_size": self._start_world_size,
+            "world_size": self._runtime.world_size,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, samples_seen: int) -> None:
+        """Restores; where the number of ranks has changed, batch and learning rates follow (``elastic.keep``)."""
         self._policy.load_state_dict(state["policy"])
         self.lr_scale.load_state_dict(state["lr_scale"])
         self.local_lr_scale.load_state_dict(state["local_lr_scale"])
         self._data.train.set_per_gpu_batch(self._policy.per_gpu)
+        self._start_world_size = state["start_world_size"]
+        before, now = state["world_size"], self._runtime.world_size
+        if before != now:
+            if self._config.elastic.keep == "global":
+                self._policy.keep_global_batch(before, now)
+                self._data.train.set_per_gpu_batch(self._policy.per_gpu)
+            self._scale_learning_rates(samples_seen)
 
     def _trial(self, per_gpu: int, epoch: int, samples_seen: int) -> int | None:
         """Footprint of a step at this batch, the most of all ranks; None where one of them ran out of memory."""
@@ -167,9 +178,15 @@ class BatchController:
         if per_gpu == before:
             return
         self._data.train.set_per_gpu_batch(per_gpu)
-        for scale in (self.lr_scale, self.local_lr_scale):
-            scale.set_growth(per_gpu / self._config.batch.per_gpu, samples_seen / self._data.num_train)
+        self._scale_learning_rates(samples_seen)
         self._recorder.event("batch", epoch=epoch, samples_seen=samples_seen, per_gpu_from=before, per_gpu_to=per_gpu)
+
+    def _scale_learning_rates(self, samples_seen: int) -> None:
+        """From here on they follow the global batch, relative to that of the run's start."""
+        configured = self._config.batch.per_gpu * self._start_world_size
+        growth = self._policy.per_gpu * self._runtime.world_size / configured
+        for scale in (self.lr_scale, self.local_lr_scale):
+            scale.set_growth(growth, samples_seen / self._data.num_train)
 
     def _record_oom(self, epoch: int, samples_seen: int, per_gpu: int, where: str, **fields: Any) -> None:
         self._recorder.event("oom", epoch=epoch, samples_seen=samples_seen, per_gpu=per_gpu, where=where, **fields)

@@ -1,4 +1,4 @@
-"""``locsgd``: train, plan, evaluate, export, report."""
+"""``locsgd``: train, launch, plan, sweep, compare, evaluate, export, report."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from locsgd_dist.config import check_config, config_error_exit, parse_config
+from locsgd_dist.launching.environment import launch_environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             from locsgd_dist.planner.command import plan
 
             return plan(arguments[1:])
+        if arguments[:1] == ["sweep"]:
+            from locsgd_dist.sweeping.command import sweep
+
+            return sweep(arguments[1:])
+        if arguments[:1] == ["compare"]:
+            from locsgd_dist.reporting.comparison.command import compare
+
+            return compare(arguments[1:])
+        if arguments[:1] == ["launch"]:
+            from locsgd_dist.launching.command import launch
+
+            return launch(arguments[1:])
         return _run(arguments)
     except ValueError as error:
         return config_error_exit(error, is_main=True)
@@ -34,8 +47,13 @@ def _run(arguments: Sequence[str]) -> int:
         "train", help="start a run: locsgd train [--nproc N|gpu|auto] [--config FILE] [--section.key=value ...]"
     )
     commands.add_parser(
+        "launch", help="start a run on a cluster: locsgd launch local|slurm|kubeflow --nodes N --gpus-per-node G ..."
+    )
+    commands.add_parser(
         "plan", help="foretell memory, batch, traffic and time: locsgd plan [--config FILE] [--gpu-memory 10GiB] ..."
     )
+    commands.add_parser("sweep", help="many runs from one file, compared: locsgd sweep FILE [--jobs N] [--slurm] ...")
+    commands.add_parser("compare", help="runs beside each other and the paper: locsgd compare RUN_OR_SWEEP ...")
     evaluate = commands.add_parser("evaluate", help="evaluate a run's network on its validation set")
     export = commands.add_parser("export", help="write a run's weights for use without this package")
     report = commands.add_parser("report", help="write report.html of a run")
@@ -96,18 +114,6 @@ def num_processes(nproc: str, device: str) -> int:
     if gpus and int(nproc) > gpus:
         raise ValueError(f"--nproc must be at most {gpus}, the GPUs of this machine, got {nproc}")
     return int(nproc)
-
-
-def launch_environment(nproc: int) -> dict[str, str]:
-    """torchrun's environment: what every launch path of the project sets.
-
-    With the shared TCP store a restart after a killed rank hangs or burns further restarts. torchrun would give each
-    rank one thread; here the ranks share the cores out.
-    """
-    environment = dict(os.environ)
-    environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    return environment
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from locsgd_dist.baselines import PruningConfig, StochasticDepthConfig, check_baselines
 from locsgd_dist.checkpoint import CheckpointConfig, check_resume
 from locsgd_dist.data import DataConfig, check_data
 from locsgd_dist.distributed import DistributedConfig, ReplicaConfig, resolve_device
+from locsgd_dist.faults import FaultConfig
 from locsgd_dist.localized import LocalizedConfig, SelectionConfig, make_rule
 from locsgd_dist.localized.selection import load_boundary_trace
-from locsgd_dist.memory import BatchConfig, MonitorConfig
+from locsgd_dist.memory import BatchConfig, ElasticConfig, MonitorConfig
 from locsgd_dist.models import ModelConfig, check_model
 from locsgd_dist.optimization import OptimConfig
 from locsgd_dist.recording import RunConfig, check_run
@@ -45,9 +49,13 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     localized: LocalizedConfig = field(default_factory=LocalizedConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    stochastic_depth: StochasticDepthConfig = field(default_factory=StochasticDepthConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     replicas: ReplicaConfig = field(default_factory=ReplicaConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -55,6 +63,7 @@ class Config:
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
 
+@functools.cache  # building it takes longer than all else, and a sweep parses hundreds of command lines
 def make_parser(prog: str = "python -m locsgd_dist.train") -> ArgumentParser:
     """Parser of every key of :class:`Config`, its help text and ``--config``, ``--print_config``."""
     parser = ArgumentParser(
@@ -101,26 +110,41 @@ def load_config(path: Path) -> Config:
     return parse_config(["--config", str(path)])
 
 
-def check_config(config: Config) -> None:
-    """Checks what only this machine can tell: data, model, rule, devices, the run directory.
+def check_config(config: Config, where: Literal["here", "shared", "elsewhere"] = "here") -> None:
+    """Checks what only a machine can tell: data, model, rule, devices, the run directory.
+
+    Args:
+        where: what of this machine the run will see: all of it, its files only (a cluster's login node), or nothing.
 
     Raises:
         ConfigError: one line that names the key and the remedy.
     """
     try:
         check_model(config.model)
-        check_data(config.data)
-        check_run(config.run)
-        resolve_device(config.train.device)
+        check_baselines(config)
         if config.localized.rule != "none":
             make_rule(config.localized.rule)
-        if config.selection.kind == "replay":
-            load_boundary_trace(Path(config.selection.trace or ""))
-        if config.train.precision == "fp16" and resolve_device(config.train.device).type == "cpu":
-            raise ValueError("train.precision=fp16 needs a GPU; use bf16 or fp32 with train.device=cpu")
-        check_resume(Path(config.run.dir), config.run.resume, config.train.epochs, asdict(config))
+        if where == "here":
+            _check_device(config.train)
+        if where != "elsewhere":
+            _check_files(config)
     except ValueError as error:
         raise ConfigError(_one_line(str(error))) from None
+
+
+def _check_device(train: TrainConfig) -> None:
+    device = resolve_device(train.device)
+    if train.precision == "fp16" and device.type == "cpu":
+        raise ValueError("train.precision=fp16 needs a GPU; use bf16 or fp32 with train.device=cpu")
+
+
+def _check_files(config: Config) -> None:
+    check_data(config.data)
+    check_run(config.run)
+    if config.selection.kind == "replay":
+        load_boundary_trace(Path(config.selection.trace or ""))
+    defaults = asdict(Config())
+    check_resume(Path(config.run.dir), config.run.resume, config.train.epochs, asdict(config), defaults)
 
 
 def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Config:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from locsgd_dist.baselines import restore_trained, with_droppable_blocks
 from locsgd_dist.checkpoint import CheckpointStore, load_state, save_atomically
 from locsgd_dist.config import Config, load_config
 from locsgd_dist.data import build_data, data_shape
@@ -63,7 +64,7 @@ def load_trained(run: Path, checkpoint: str = "best", *, ema: bool = False) -> T
     shape = data_shape(config.data)
     # The checkpoint replaces every weight: whatever the run started from is not needed again.
     model = build_model(replace(config.model, weights=None), shape.num_classes)
-    model.load_state_dict(weights)
+    restore_trained(with_droppable_blocks(model, config.stochastic_depth), config, weights)
     size = (shape.channels, shape.image_size, shape.image_size)
     return TrainedModel(config, model.eval(), path, shape.num_classes, size)
 

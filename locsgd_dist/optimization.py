@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,10 +93,14 @@ class RegionOptimizer:
         config: the ``optim`` section.
         keeps_released: refresh steps still train what has left: it stays, with its state, and moves in no other step,
             since it then has no gradient.
+        fused: torch's fused kernels, which read on the device whether a step is to be left out; default: on CUDA.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig, *, keeps_released: bool = False):
+    def __init__(
+        self, model: nn.Module, config: OptimConfig, *, keeps_released: bool = False, fused: bool | None = None
+    ):
         self._keeps_released = keeps_released
+        self._fused = next(model.parameters()).is_cuda if fused is None else fused
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         norm_and_bias = set() if config.decay_norm_and_bias else {p for p in trainable if p.dim() <= 1}
@@ -107,12 +111,15 @@ class RegionOptimizer:
         groups = [group for group in groups if group["params"]]
         if not groups:
             raise ValueError("the network has no parameter that requires a gradient: nothing is left to train")
+        kernels = {"fused": True} if self._fused else {"foreach": True}
+        self._momentum = config.momentum if config.name == "sgd" else 0.0
         if config.name == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
+                groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, **kernels
             )
         else:
-            self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), foreach=True)
+            self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), **kernels)
+        self._fill_momentum()
 
     @property
     def lr(self) -> float:
@@ -137,15 +144,38 @@ class RegionOptimizer:
         for parameter in leaving:
             self.optimizer.state.pop(parameter, None)
 
+    @torch.no_grad()
+    def cut(self, select: Callable[[str, Tensor], Tensor]) -> None:
+        """Cuts the state of parameters that have become smaller.
+
+        Args:
+            select: gives what is left of a tensor of the named parameter's former shape.
+        """
+        for parameter in self.parameters:
+            state = self.optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    state[key] = self._placed(select(self._names[parameter], value), parameter)
+
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        """One update of the SGD region; with a scaler, none if a gradient overflowed."""
+    def step(self, scaler: torch.amp.GradScaler | None = None, *, unless: Tensor | None = None) -> None:
+        """One update of the SGD region.
+
+        Args:
+            scaler: of half precision; takes no step where a gradient overflowed.
+            unless: a scalar on the device; where it is true, neither weights nor state move.
+        """
         if not self.parameters:
             return
         if scaler is None:
-            self.optimizer.step()
+            if self._fused:
+                # Read on the device, so that the host need not wait for the backward pass.
+                self.optimizer.found_inf = None if unless is None else unless.float()  # type: ignore[attr-defined]
+                self.optimizer.step()
+            elif unless is None or unless.is_meta or not unless:
+                self.optimizer.step()
         else:
             scaler.step(self.optimizer)
             scaler.update()
@@ -163,12 +193,20 @@ class RegionOptimizer:
             if saved is not None:
                 self.optimizer.state[parameter] = {key: self._placed(value, parameter) for key, value in saved.items()}
 
-    @staticmethod
-    def _placed(value: Any, parameter: nn.Parameter) -> Any:
+        self._fill_momentum()
+
+    def _fill_momentum(self) -> None:
+        """The fused kernel leaves momentum that it has just made as it came from the allocator where the first step is
+        left out: zeros, which give the same first step, stand there before."""
+        if self._fused and self._momentum > 0:
+            for parameter in self.parameters:
+                self.optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+    def _placed(self, value: Any, parameter: nn.Parameter) -> Any:
         if not isinstance(value, Tensor):
             return value
         if value.shape != parameter.shape:
-            return value.clone()
+            return value.to(parameter.device) if self._fused else value.clone()
         return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 

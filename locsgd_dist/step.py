@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from locsgd_dist.data import Batch
 from locsgd_dist.distributed import Refresh, RegionDDP, Replicas
+from locsgd_dist.faults import StepGuard
 from locsgd_dist.optimization import RegionOptimizer
 
 
@@ -59,6 +60,14 @@ class Tally:
         count = torch.full_like(correct, len(targets))
         self._sums += torch.stack([loss_sum.detach().double(), correct.double(), count.double()])
 
+    def take(self, other: Tally, unless: Tensor) -> None:
+        """Adds what ``other`` holds but where ``unless``, a scalar on the device, is true."""
+        self._sums += torch.where(unless, torch.zeros_like(other._sums), other._sums)
+
+    def load(self, sums: Sequence[float]) -> None:
+        """Goes on from :meth:`sums`."""
+        self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
+
     def sums(self) -> list[float]:
         """Loss, correct answers and samples, summed over what this rank has seen."""
         return self._sums.tolist()
@@ -72,6 +81,7 @@ class TrainStep:
         region: the network under data parallelism.
         replicas: of the localized region.
         optimizer: of the SGD region.
+        guard: passes over steps that are not finite; None: one of its own.
         refresh: steps in which the localized region learns by its true gradient; None: none.
         world_size: number of ranks.
         label_smoothing: of the cross-entropy.
@@ -85,6 +95,7 @@ class TrainStep:
         replicas: Replicas,
         optimizer: RegionOptimizer,
         *,
+        guard: StepGuard | None = None,
         refresh: Refresh | None = None,
         world_size: int,
         device: torch.device,
@@ -95,6 +106,7 @@ class TrainStep:
         self._replicas = replicas
         self._refresh = refresh or Refresh(replicas.learner, None, region.traffic, every=0)
         self._optimizer = optimizer
+        self._guard = guard or StepGuard(device)
         self._world_size = world_size
         self._label_smoothing = label_smoothing
         self._penalty = penalty
@@ -114,21 +126,26 @@ class TrainStep:
     def __call__(self, batches: Sequence[Batch], tally: Tally) -> None:
         """Takes one optimizer step on ``batches`` (its micro-batches on this rank; see ``gradient_accumulation``)."""
         samples = sum(batch.global_size for batch in batches)
+        of_this_step = Tally(self._device)
         is_refresh = self._refresh.is_due
+        self._guard.begin(self.model)
         with self._refresh.mode() if is_refresh else nullcontext():
             for batch in batches[:-1]:
                 with self._region.no_sync():
-                    self._forward_backward(batch, samples, tally)
+                    self._forward_backward(batch, samples, of_this_step)
             if not is_refresh:
                 self._replicas.arm()
-            self._forward_backward(batches[-1], samples, tally)
+            self._forward_backward(batches[-1], samples, of_this_step)
         if is_refresh:
             self._refresh.reduce()
-        self._optimizer.step(self.scaler)
+        bad = self._guard.judge(self._optimizer.parameters)
+        self._optimizer.step(self.scaler, unless=bad)
         self._optimizer.zero_grad()
         if not is_refresh:
-            self._replicas.finish_step()
+            self._replicas.finish_step(bad)
         self._refresh.finish_step()
+        self._guard.end(bad)
+        tally.take(of_this_step, unless=bad)
 
     def trial(self, per_gpu: int, input_shape: tuple[int, int, int], num_classes: int) -> None:
         """The memory of a step of ``per_gpu`` images and nothing else of it: every collective is off; buffers, random
@@ -143,7 +160,7 @@ class TrainStep:
             images = images.contiguous(memory_format=torch.channels_last)
         targets = torch.arange(per_gpu, device=device) % num_classes
         buffers = [buffer.clone() for buffer in model.buffers()]
-        model.train()
+        self._replicas.learner.train()
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             self._replicas.learner.discarding(),
@@ -172,6 +189,9 @@ class TrainStep:
             tally.add(loss_sum, logits, batch.targets)
         # DDP averages over ranks, whose shares of the last batch of an epoch differ: weigh each sample by 1/samples.
         loss = loss_sum * (self._world_size / samples if batch.local_size else 0.0)
+        if (penalty := self._penalty()) is not None:
+            loss = loss + penalty * (batch.global_size / samples)
+        loss = self._guard.watch(loss)
         if loss.requires_grad:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
@@ -196,12 +216,24 @@ def autocast(config: TrainConfig, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], config: TrainConfig, device: torch.device) -> list[float]:
-    """Cross-entropy, correct answers and samples, summed over this rank's share of a set."""
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    between: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Cross-entropy, correct answers and samples, summed over this rank's share of a set.
+
+    Args:
+        between: called after each batch.
+    """
     tally = Tally(device)
     with _evaluation_mode(model):
         for batch in batches:
             with autocast(config, device):
                 logits = model(batch.images)
             tally.add(F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits, batch.targets)
+            between()
     return tally.sums()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from locsgd_dist.config import check_config, config_error_exit, parse_config
 from locsgd_dist.distributed import environment_rank
+from locsgd_dist.faults import Preempted, TooManyBadStepsError
 from locsgd_dist.memory import StepOutOfMemoryError
 from locsgd_dist.trainer import Trainer
 
@@ -33,6 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except TooManyBadStepsError as error:
+        if environment_rank() == 0:
+            print(f"locsgd: error: {error}", file=sys.stderr)
+        return 1
+    except Preempted as preempted:
+        # Not a failure: torchrun would start the run again on a machine that is going away.
+        if environment_rank() == 0:
+            print(f"locsgd: asked to leave, saved at {preempted}; the next start goes on there", file=sys.stderr)
+        return 0
     if environment_rank() == 0:
         print(f"run: {trainer.directory.path}  report: {trainer.directory.report}")
     return 0

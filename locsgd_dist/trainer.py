@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import itertools
-import random
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
+from locsgd_dist.baselines import make_baseline, with_droppable_blocks
 from locsgd_dist.batching import BatchController
-from locsgd_dist.checkpoint import CheckpointStore, load_state, was_restarted
+from locsgd_dist.checkpoint import was_restarted
 from locsgd_dist.config import Config
 from locsgd_dist.data import Batch, build_data
-from locsgd_dist.distributed import Refresh, RegionDDP, Runtime, Traffic, make_replicas, pool_buffers, resolve_device
+from locsgd_dist.distributed import (
+    Refresh,
+    RegionDDP,
+    Runtime,
+    Traffic,
+    make_replicas,
+    pool_buffers,
+    refuse_synchronised_norms,
+    resolve_device,
+)
+from locsgd_dist.faults import StepGuard, StopSignals, naming_silent_ranks
 from locsgd_dist.localized import (
     EpochDiagnostics,
     LocalizedLearner,
@@ -27,10 +37,15 @@ from locsgd_dist.localized import (
 )
 from locsgd_dist.localized.selection import ScheduledSelector, Selector
 from locsgd_dist.memory import FootprintMonitor
-from locsgd_dist.models import build_model
+from locsgd_dist.models import build_model, network_size
 from locsgd_dist.optimization import RegionOptimizer, averaged_model, lr_at
+from locsgd_dist.progress import Progress
 from locsgd_dist.recording import Recorder, RunDirectory
-from locsgd_dist.step import Tally, TrainStep, evaluate
+from locsgd_dist.run_state import RunState, seed_everything
+from locsgd_dist.saving import Checkpointer
+from locsgd_dist.step import TrainStep, evaluate
+
+UNEVALUATED: dict[str, Any] = {"val_loss": None, "val_top1": None, "eval_seconds": 0.0}
 
 
 class Trainer:
@@ -47,6 +62,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
         self.directory = RunDirectory(config.run.dir)
+        signals = self._closing(StopSignals().__enter__())
         # Before the first use of CUDA, so that the context counts in the footprint.
         self.monitor = self._closing(FootprintMonitor(config.monitor, device))
         self.runtime = self._closing(Runtime(device, config.distributed))
@@ -68,17 +84,23 @@ class Trainer:
             )
         )
         seed_everything(config.train.seed)
-        self.model = build_model(config.model, self.data.num_classes).to(device)
+        model = build_model(config.model, self.data.num_classes)
+        refuse_synchronised_norms(model, self.runtime.world_size)
+        self.model = with_droppable_blocks(model, config.stochastic_depth).to(device)
         if config.train.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.ema = averaged_model(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.example_input = torch.zeros(1, *self.data.input_shape, device=device)
         self.learner = LocalizedLearner(
             self.model,
-            torch.zeros(1, *self.data.input_shape, device=device),
+            self.example_input,
             rule="frozen" if config.localized.rule == "none" else config.localized.rule,
             batch_fraction=config.localized.batch_fraction,
             seed=config.train.seed,
+            hold_statistics=config.localized.norm_statistics == "held",
         )
+        networks = [self.model] if self.ema is None else [self.model, self.ema.module]
+        self.baseline = make_baseline(config, networks, self.learner.layers, self.example_input, self.runtime)
         self.selector = self._make_selector()
         self.supervision = WeakSupervision()
         self.trace = WeightTrace(self.learner.layers)
@@ -89,6 +111,7 @@ class Trainer:
             self.traffic,
             compression=config.distributed.gradient_compression,
             deterministic=config.train.deterministic,
+            skipped=self.baseline.skipped,
         )
         self.replicas = make_replicas(
             config.replicas,
@@ -106,20 +129,22 @@ class Trainer:
             gain=config.localized.refresh_gain,
         )
         self.optimizer = RegionOptimizer(self.model, config.optim, keeps_released=self.refresh.enabled)
+        self.guard = StepGuard(device, self.runtime.data_group, max_bad_steps=config.faults.max_bad_steps)
         self.step = TrainStep(
             config.train,
             self.region,
             self.replicas,
             self.optimizer,
+            guard=self.guard,
             refresh=self.refresh,
             world_size=self.runtime.world_size,
             device=device,
             label_smoothing=config.optim.label_smoothing,
+            penalty=self.baseline.penalty,
         )
         if config.train.compile:
             self.model.compile()
         self.plain_gradient_bytes = sum(p.numel() * p.element_size() for p in self.optimizer.parameters)
-        self.checkpoints = CheckpointStore(self.directory.checkpoints, config.checkpoint.keep)
         self.recorder = self._closing(
             Recorder.open(self.directory.path, config.run, rank=self.runtime.rank, config_yaml=config.to_yaml())
         )
@@ -134,81 +159,119 @@ class Trainer:
             num_layers=len(self.learner.layers),
             block_size=self.learner.layers.block_size,
         )
-        self.epoch = 0
-        self.samples_seen = 0
-        self.best_top1 = -1.0
+        self.progress = Progress(device)
+        self.checkpoints = self._closing(
+            Checkpointer(
+                config.checkpoint,
+                self._run_state(),
+                directory=self.directory,
+                recorder=self.recorder,
+                signals=signals,
+            )
+        )
         # Weights are equal on all ranks; what is drawn while training (dropout) need not be.
         seed_everything(config.train.seed + 1 + self.runtime.rank)
-        if not self._resume():
+        if not self.checkpoints.restore(config.run.resume):
             self.recorder.truncate_to(-1, 0)
             self._move_boundary(self.selector.boundary)
-        self.batching.respect_incidents(self.epoch, self.samples_seen)
+        self.size = network_size(self.model, self.example_input)
+        self.batching.respect_incidents(self.progress.epoch, self.progress.samples_seen)
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the last epoch."""
+        """Trains to the last epoch; returns its record.
+
+        Raises:
+            Preempted: the run was asked to leave and has saved itself.
+            TooManyBadStepsError: one step after the other was not finite.
+            StepOutOfMemoryError: a step did not fit; the next start goes on with a batch that does.
+        """
         metrics: dict[str, Any] = {}
-        while self.epoch < self.config.train.epochs:
-            with self.batching.leaving_on_out_of_memory(self.epoch):
-                metrics = self._train_epoch()
-            self.replicas.synchronise()
-            pool_buffers(self.model, self.runtime.data_group)
-            is_last = self.epoch + 1 == self.config.train.epochs
-            if is_last or (self.epoch + 1) % self.config.train.evaluate_every == 0:
-                metrics |= self._validate()
-            else:
-                metrics |= {"val_loss": None, "val_top1": None, "eval_seconds": 0.0}
+        with naming_silent_ranks(self.runtime):
+            while self.progress.epoch < self.config.train.epochs:
+                metrics = self._run_epoch()
+            self.checkpoints.finish()
+        return metrics
+
+    def _run_epoch(self) -> dict[str, Any]:
+        """Training, evaluation, and what follows from them; goes on where an earlier process has left the epoch."""
+        progress = self.progress
+        is_last = progress.epoch + 1 == self.config.train.epochs
+        is_evaluated = is_last or (progress.epoch + 1) % self.config.train.evaluate_every == 0
+        trained: dict[str, Any] | None = progress.record
+        if trained is None:
+            with self.batching.leaving_on_out_of_memory(progress.epoch):
+                trained = self._train_epoch()
+            self._pool(with_average=is_evaluated)
             change = self.trace.end()
-            metrics |= self._record_of(change, metrics["sum_of_lr"])
-            self.epoch += 1
-            self._decide(metrics, change)
-            self.recorder.epoch(metrics)
-            self._move_boundary(metrics["boundary_next"])
-            self.batching.grow(metrics, is_last=is_last)
-            self._save(metrics)
+            self._prune()
+            trained |= self._record_of(change, trained["sum_of_lr"])
+            progress.record = trained
+        metrics = trained | (self._validate() if is_evaluated else UNEVALUATED)
+        progress.end_epoch()
+        self._decide(metrics)
+        self.recorder.epoch(metrics)
+        self._move_boundary(metrics["boundary_next"])
+        self.batching.grow(metrics, is_last=is_last)
+        self.checkpoints.at_epoch_end(metrics, is_last=is_last)
         return metrics
 
     def _train_epoch(self) -> dict[str, Any]:
-        """One pass over the training set; returns its part of the epoch's record."""
-        config, epoch = self.config, self.epoch
-        self.learner.sign = self.supervision.sign
-        self.data.train.set_epoch(epoch)
-        self.trace.begin()
-        self.monitor.reset_peak()
-        self.model.train()
-        tally = Tally(self.runtime.device)
-        num_refreshes = 0
-        sum_of_lr, start, cpu_start = 0.0, time.perf_counter(), time.process_time()
-        for index, batches in enumerate(self._steps()):
-            done = self.samples_seen / self.data.num_train
-            self.optimizer.lr = lr_at(config.optim, done, config.train.epochs) * self.batching.lr_scale.at(done)
-            self.learner.lr = config.localized.lr_at(epoch) * self.batching.local_lr_scale.at(done)
-            sum_of_lr += self.optimizer.lr
-            # The second step is the first with momentum and settled buckets; a refresh step needs more.
-            measure = index == 1 or len(self.data.train) == 0 == index
-            if self.refresh.is_due:
-                measure |= num_refreshes == 0
-                num_refreshes += 1
-            with self.monitor.measured_step(self.model, self.optimizer.optimizer) if measure else nullcontext():
-                self.step(batches, tally)
+        """One pass over the training set, or what is left of it; returns its part of the epoch's record."""
+        config, progress = self.config, self.progress
+        if not progress.is_under_way:
+            self.learner.sign = self.supervision.sign
+            self.data.train.set_epoch(progress.epoch)
+            self.trace.begin()
+            self.monitor.reset_peak()
+            self.guard.begin_epoch()
+            progress.begin_epoch()
+        self.learner.train()
+        for batches in self._steps():
+            done = progress.samples_seen / self.data.num_train
+            progress.lr = lr_at(config.optim, done, config.train.epochs) * self.batching.lr_scale.at(done)
+            self.optimizer.lr = progress.lr
+            self.learner.lr = config.localized.lr_at(progress.epoch) * self.batching.local_lr_scale.at(done)
+            with self.baseline.step(progress.samples_seen, progress.tally), self._measured():
+                self.step(batches, progress.tally)
             if self.ema is not None:
                 self.ema.update_parameters(self.model)
-            self.samples_seen += sum(batch.global_size for batch in batches)
-            self._show_progress(tally, start)
-        loss, correct, samples = self.runtime.sum(tally.sums())
-        seconds, cpu_seconds = self.runtime.max([time.perf_counter() - start, time.process_time() - cpu_start])
+            progress.count_step(sum(batch.global_size for batch in batches))
+            self._show_progress()
+            self._report_bad_steps(self.guard.check())
+            self.checkpoints.after_step()
+        self._report_bad_steps(self.guard.finish_epoch())
+        loss, correct, samples = self.runtime.sum(progress.tally.sums())
+        seconds, cpu_seconds = self.runtime.max([progress.seconds, progress.cpu_seconds])
         return {
-            "epoch": epoch,
-            "samples_seen": self.samples_seen,
-            "lr": self.optimizer.lr,
-            "sum_of_lr": sum_of_lr,
-            "num_steps": index + 1,
-            "num_refresh_steps": num_refreshes,
-            "train_loss": loss / samples,
-            "train_top1": correct / samples,
+            "epoch": progress.epoch,
+            "samples_seen": progress.samples_seen,
+            "lr": progress.lr,
+            "sum_of_lr": progress.sum_of_lr,
+            "num_steps": progress.steps,
+            "num_refresh_steps": progress.num_refreshes,
+            "skipped_steps": self.guard.num_skipped,
+            "train_loss": loss / max(1.0, samples),
+            "train_top1": correct / max(1.0, samples),
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
             "images_per_second": samples / seconds,
+            **self.size,
         }
+
+    def _measured(self) -> AbstractContextManager[None]:
+        """Around a step: measures its memory, if it is one that needs as much as any of the epoch."""
+        progress = self.progress
+        # The second step is the first with momentum and settled buckets; a refresh step needs more.
+        is_telling = progress.steps == 1 or len(self.data.train) == 0 == progress.steps
+        if self.refresh.is_due:
+            is_telling |= progress.num_refreshes == 0
+            progress.num_refreshes += 1
+        return self.monitor.measured_step(self.model, self.optimizer.optimizer) if is_telling else nullcontext()
+
+    def _report_bad_steps(self, count: int) -> None:
+        if count:
+            where = {"epoch": self.progress.epoch, "samples_seen": self.progress.samples_seen}
+            self.recorder.event("bad_step", **where, skipped_steps=count, message="loss or gradient not finite")
 
     def _steps(self) -> Iterator[list[Batch]]:
         """Micro-batches, as many at a time as make a step."""
@@ -216,28 +279,59 @@ class Trainer:
         while batches := list(itertools.islice(stream, self.config.train.gradient_accumulation)):
             yield batches
 
+    def _pool(self, *, with_average: bool) -> None:
+        """Makes the network equal on all ranks, and its moving average where it is about to be evaluated."""
+        self.replicas.synchronise()
+        pool_buffers(self.model, self.runtime.data_group)
+        if self.ema is not None and with_average:
+            self.replicas.synchronise_copy(self.ema.module)
+            pool_buffers(self.ema, self.runtime.data_group)
+
     def _validate(self) -> dict[str, Any]:
         start = time.perf_counter()
         metrics: dict[str, Any] = {}
         models = {"": self.model}
         if self.ema is not None:
-            self.replicas.synchronise_copy(self.ema.module)
-            pool_buffers(self.ema, self.runtime.data_group)
             models["ema_"] = self.ema.module
+        listen = self.checkpoints.between_batches
         for prefix, model in models.items():
-            sums = evaluate(model, self.data.val, self.config.train, self.runtime.device)
+            sums = evaluate(model, self.data.val, self.config.train, self.runtime.device, between=listen)
+            # All ranks listen equally often: one with fewer batches makes up for it.
+            for _ in range(self.data.val.num_rounds - len(self.data.val)):
+                listen()
             loss, correct, samples = self.runtime.sum(sums)
             metrics |= {f"{prefix}val_loss": loss / samples, f"{prefix}val_top1": correct / samples}
         return metrics | {"eval_seconds": time.perf_counter() - start}
 
-    def _decide(self, metrics: dict[str, Any], change: EpochDiagnostics) -> None:
+    def _decide(self, metrics: dict[str, Any]) -> None:
         """What the next epoch does differently, from numbers that all ranks share."""
         if self.config.localized.weak_supervision:
             self.supervision.observe(metrics["train_loss"])
-        update_norms = self.runtime.share(change.update_norm)
-        if self.epoch < self.config.train.epochs:
+        update_norms = self.runtime.share(metrics["layer_update_norm"])
+        if self.progress.epoch < self.config.train.epochs:
             self.selector.observe(metrics["epoch"], update_norms)
         metrics["boundary_next"] = self.selector.boundary
+
+    def _prune(self) -> None:
+        """Lets the baseline cut the network at an epoch's end, and everything that speaks of its weights follows."""
+        surgery = self.baseline.end_epoch(self.progress.epoch)
+        if surgery is None:
+            return
+        self.optimizer.cut(surgery.cut)
+        self.region.refresh()
+        if self.config.train.compile:
+            torch._dynamo.reset()
+        before, self.size = self.size, network_size(self.model, self.example_input)
+        self.recorder.event(
+            "prune",
+            epoch=self.progress.epoch,
+            samples_seen=self.progress.samples_seen,
+            removed_channels=surgery.removed_channels,
+            num_parameters_from=before["num_parameters"],
+            num_parameters_to=self.size["num_parameters"],
+            forward_macs_from=before["forward_macs"],
+            forward_macs_to=self.size["forward_macs"],
+        )
 
     def _move_boundary(self, boundary: int) -> None:
         """Hands layers over to localized learning, and everything that speaks of the SGD region follows."""
@@ -253,8 +347,8 @@ class Trainer:
             torch._dynamo.reset()
         self.recorder.event(
             "shift",
-            epoch=max(0, self.epoch - 1),
-            samples_seen=self.samples_seen,
+            epoch=max(0, self.progress.epoch - 1),
+            samples_seen=self.progress.samples_seen,
             boundary_from=before,
             boundary_to=boundary,
         )
@@ -262,8 +356,8 @@ class Trainer:
         if held and self.learner.rule.updates:
             self.recorder.event(
                 "warning",
-                epoch=max(0, self.epoch - 1),
-                samples_seen=self.samples_seen,
+                epoch=max(0, self.progress.epoch - 1),
+                samples_seen=self.progress.samples_seen,
                 message=f"frozen in the localized region, since no localized rule applies: {', '.join(held)}",
             )
 
@@ -300,79 +394,42 @@ class Trainer:
             "layer_effective_rank": change.effective_rank,
         }
 
-    def _show_progress(self, tally: Tally, start: float) -> None:
+    def _show_progress(self) -> None:
         if not self.recorder.step_due:
             return
-        loss, _, samples = tally.sums()
-        done = self.samples_seen / self.data.num_train - self.epoch
-        rate = done * self.data.num_train / (time.perf_counter() - start)
-        self.recorder.step(epoch=self.epoch, fraction=done, loss=loss / max(1.0, samples), images_per_second=rate)
+        progress = self.progress
+        loss, _, samples = progress.tally.sums()
+        done = progress.samples_seen / self.data.num_train - progress.epoch
+        self.recorder.step(
+            epoch=progress.epoch,
+            fraction=done,
+            loss=loss / max(1.0, samples),
+            images_per_second=done * self.data.num_train / progress.seconds,
+        )
 
-    def _save(self, metrics: dict[str, Any]) -> None:
-        """A checkpoint at the epoch's edge, where all ranks are equal but for their random state."""
-        is_last = self.epoch == self.config.train.epochs
-        top1 = metrics["val_top1"]
-        is_best = top1 is not None and top1 > self.best_top1
-        if is_best:
-            self.best_top1 = top1
-        if not (is_last or is_best or self.epoch % self.config.checkpoint.every_epochs == 0):
-            return
-        rng = self.runtime.gather(torch.get_rng_state())
-        if self.runtime.is_main:
-            path = self.checkpoints.save(self._state_dict(rng), epochs=self.epoch, is_best=is_best)
-            self.recorder.event("checkpoint", epoch=metrics["epoch"], samples_seen=self.samples_seen, path=path.name)
-        self.runtime.barrier()
-
-    def _state_dict(self, rng: Any) -> dict[str, Any]:
-        return {
-            "epoch": self.epoch,
-            "samples_seen": self.samples_seen,
-            "best_top1": self.best_top1,
-            "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": None if self.step.scaler is None else self.step.scaler.state_dict(),
-            "learner": self.learner.state_dict(),
-            "replicas": self.replicas.state_dict(),
-            "refresh": self.refresh.state_dict(),
-            "selector": self.selector.state_dict(),
-            "supervision": self.supervision.state_dict(),
-            "batching": self.batching.state_dict(),
-            "rng": rng,
-        }
-
-    def _resume(self) -> bool:
-        """Goes on from the newest checkpoint, if any: boundary, wrap, optimizer, then the state of each by name."""
-        found: tuple[Path, dict[str, Any]] | None = None
-        resume = self.config.run.resume
-        if resume == "auto" or was_restarted():
-            found = self.checkpoints.load_newest()
-        if found is None and resume not in ("auto", "never"):
-            found = Path(resume), load_state(Path(resume))
-        if found is None:
-            return False
-        path, state = found
-        self.epoch, self.samples_seen = state["epoch"], state["samples_seen"]
-        self.best_top1 = state["best_top1"]
-        self.recorder.truncate_to(self.epoch - 1, self.samples_seen)
-        self.model.load_state_dict(state["model"])
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.optimizer.release(self.learner.load_state_dict(state["learner"]))
-        self.region.refresh()
-        self.replicas.refresh()
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.step.scaler is not None and state["scaler"] is not None:
-            self.step.scaler.load_state_dict(state["scaler"])
-        self.replicas.load_state_dict(state["replicas"])
-        self.refresh.load_state_dict(state["refresh"])
-        self.selector.load_state_dict(state["selector"])
-        self.supervision.load_state_dict(state["supervision"])
-        self.batching.load_state_dict(state["batching"])
-        if len(state["rng"]) == self.runtime.world_size:
-            torch.set_rng_state(state["rng"][self.runtime.rank])
-        self.recorder.event("resume", epoch=self.epoch, samples_seen=self.samples_seen, path=str(path))
-        return True
+    def _run_state(self) -> RunState:
+        return RunState(
+            runtime=self.runtime,
+            seed=self.config.train.seed,
+            progress=self.progress,
+            model=self.model,
+            ema=self.ema,
+            learner=self.learner,
+            region=self.region,
+            replicas=self.replicas,
+            refresh=self.refresh,
+            optimizer=self.optimizer,
+            scaler=self.step.scaler,
+            guard=self.guard,
+            baseline=self.baseline,
+            selector=self.selector,
+            supervision=self.supervision,
+            trace=self.trace,
+            batching=self.batching,
+            stream=self.data.train,
+            monitor=self.monitor,
+            traffic=self.traffic,
+        )
 
     def _make_selector(self) -> Selector:
         if self.config.localized.rule == "none":
@@ -399,11 +456,6 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def move_aside(path: Path) -> None:

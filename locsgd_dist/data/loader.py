@@ -140,6 +140,7 @@ def outlive_sigterm(worker: int) -> None:
     checkpoint with it. Workers end by themselves when their rank does; the alarm is for one that is stuck.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def resolve_workers(requested: int, local_world_size: int) -> int:

@@ -155,8 +155,13 @@ class EvalStream:
         self._fetcher = fetcher
         self._transform = transform
 
+    @property
+    def num_rounds(self) -> int:
+        """The most batches that any rank has."""
+        return len(self._plan)
+
     def __len__(self) -> int:
-        """Batches of this rank; another rank may have one less or more."""
+        """Batches of this rank; another rank may have one less."""
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:

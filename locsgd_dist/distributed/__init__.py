@@ -1,6 +1,7 @@
 """Data parallelism that follows the boundary: gradients of the SGD region, replicas of the localized one."""
 
-from locsgd_dist.distributed.buffers import pool_buffers
+from locsgd_dist.distributed.buffers import pool_buffers, pool_states, refuse_synchronised_norms
+from locsgd_dist.distributed.delayed_max import DelayedMax
 from locsgd_dist.distributed.refresh import Refresh
 from locsgd_dist.distributed.region_ddp import RegionDDP
 from locsgd_dist.distributed.replicas import ReplicaConfig, Replicas, make_replicas
@@ -8,6 +9,7 @@ from locsgd_dist.distributed.runtime import DistributedConfig, Runtime, environm
 from locsgd_dist.distributed.traffic import Traffic
 
 __all__ = [
+    "DelayedMax",
     "DistributedConfig",
     "Refresh",
     "RegionDDP",
@@ -18,5 +20,7 @@ __all__ = [
     "environment_rank",
     "make_replicas",
     "pool_buffers",
+    "pool_states",
+    "refuse_synchronised_norms",
     "resolve_device",
 ]

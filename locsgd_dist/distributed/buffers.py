@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+def refuse_synchronised_norms(model: nn.Module, world_size: int) -> None:
+    """Statistics are each rank's own until they are pooled; a norm that exchanges them in the forward pass would wait
+    for ever for a rank that has no sample left, or whose trial step has run out of memory.
+
+    Raises:
+        ValueError: ``model`` holds such a norm and there is more than one rank.
+    """
+    if world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ValueError(
+            "model.name: the network holds SyncBatchNorm, which cannot be used on several ranks here; use BatchNorm, "
+            "whose statistics are pooled over ranks before each evaluation"
+        )
 
 
 @torch.no_grad()
@@ -38,6 +54,26 @@ def pool_buffers(model: nn.Module, group: dist.ProcessGroup | None) -> None:
     others = [b for b in model.buffers() if id(b) not in pooled and b.numel() > 0]
     if others:
         dist._broadcast_coalesced(group, others, 1 << 28, 0)
+
+
+def pool_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What ranks hold each for itself, as one state: weights and means averaged, variances by the law of total variance
+    (see :func:`pool_buffers`), counts from rank 0.
+
+    Args:
+        states: of every rank, the same names in each.
+    """
+    pooled = dict(states[0]) if states else {}
+    for name, first in pooled.items():
+        if not first.is_floating_point():
+            continue
+        values = torch.stack([state[name] for state in states]).double()
+        mean_name = f"{name.removesuffix('running_var')}running_mean"
+        if name.endswith("running_var") and mean_name in pooled:
+            means = torch.stack([state[mean_name] for state in states]).double()
+            values = values + (means - means.mean(0)).square()
+        pooled[name] = values.mean(0).to(first.dtype)
+    return pooled
 
 
 def _scatter(flat: Tensor, into: list[Tensor]) -> None:

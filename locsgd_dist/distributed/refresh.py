@@ -1,7 +1,7 @@
 """Refresh steps: every n-th step the localized region learns by its true gradient too.
 
-Its gradients are reduced beside the DDP wrapper, whose buckets hold the SGD region alone: wrapping anew for each refresh
-would cost more than the reduction.
+Its gradients are reduced beside the DDP wrapper, whose buckets hold the SGD region alone: wrapping anew for each
+refresh would cost more than the reduction.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 # No postponed annotations here: DDP inspects the communication hook's and wants the class, not its name.
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,6 +30,8 @@ class RegionDDP:
         compression: ``bf16`` sends gradients as bfloat16.
         deterministic: keeps the bucket layout of the first step. DDP rebuilds its buckets after the first backward,
             which from 3 ranks on changes the order of summation, so that a resumed run would differ in the last bit.
+        skipped: set by the caller before each step, alike on every rank: parameters that the step does not use. Their
+            gradients stay None and do not travel. None: every step uses all parameters.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class RegionDDP:
         *,
         compression: str = "none",
         deterministic: bool = False,
+        skipped: Set[nn.Parameter] | None = None,
     ):
         self.module = model
         self.traffic = traffic if traffic is not None else Traffic()
         self._group = process_group
         self._compression = compression
         self._deterministic = deterministic
+        self._skipped = skipped
         self._ddp: DistributedDataParallel | None = None
         self._wrap(init_sync=True)
         if process_group is not None and self._ddp is None:
@@ -92,16 +96,19 @@ class RegionDDP:
             init_sync=init_sync,
             gradient_as_bucket_view=True,
             # On, DDP never rebuilds its buckets; on a network that uses all its parameters that is its only effect.
-            find_unused_parameters=self._deterministic,
+            # Where parameters may be skipped, it tells DDP not to wait for their gradients.
+            find_unused_parameters=self._deterministic or self._skipped is not None,
         )
-        hook = _counted_all_reduce(self.traffic)
+        hook = _counted_all_reduce(self.traffic, self._skipped)
         if self._compression == "bf16":
             hook = default_hooks.bf16_compress_wrapper(hook)
         self._ddp.register_comm_hook(self._group, hook)
 
 
-def _counted_all_reduce(traffic: Traffic) -> Callable[[Any, dist.GradBucket], torch.futures.Future[Tensor]]:
-    """DDP's own all-reduce, its payload added to ``traffic``.
+def _counted_all_reduce(
+    traffic: Traffic, skipped: Set[nn.Parameter] | None
+) -> Callable[[Any, dist.GradBucket], torch.futures.Future[Tensor]]:
+    """DDP's own all-reduce, its payload added to ``traffic``; zeros in the place of skipped gradients stay at home.
 
     A function and not a method: DDP's reducer, which garbage collection cannot look into, holds it, and through a
     method would keep the network alive for as long as the process lives.
@@ -109,7 +116,37 @@ def _counted_all_reduce(traffic: Traffic) -> Callable[[Any, dist.GradBucket], to
 
     def all_reduce(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
+        if skipped:
+            travelling = [
+                gradient
+                for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
+                if parameter not in skipped
+            ]
+            if len(travelling) < len(bucket.parameters()):
+                return _all_reduce_some(group, traffic, buffer, travelling)
         traffic.add_gradients(buffer.numel() * buffer.element_size())
         return default_hooks.allreduce_hook(group, bucket)
 
     return all_reduce
+
+
+def _all_reduce_some(
+    group: dist.ProcessGroup, traffic: Traffic, buffer: Tensor, gradients: Sequence[Tensor]
+) -> torch.futures.Future[Tensor]:
+    """The mean over ranks of ``gradients``, views into a bucket's ``buffer``; the rest of the buffer stays as it is."""
+    if not gradients:
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(buffer)
+        return done
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(dist.get_world_size(group))
+    traffic.add_gradients(flat.numel() * flat.element_size())
+    work = dist.all_reduce(flat, group=group, async_op=True)
+    assert work is not None
+
+    def put_back(reduced: torch.futures.Future[Any]) -> Tensor:
+        parts = reduced.value()[0].split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return buffer
+
+    return work.get_future().then(put_back)

@@ -82,9 +82,13 @@ class Replicas:
     def start(self) -> None:
         """Call after that forward pass: what has not been sent yet is sent, beside the backward pass."""
 
-    def finish_step(self) -> None:
-        """Call after the optimizer's step: localized weights move."""
-        self.learner.apply()
+    def finish_step(self, bad: Tensor | None = None) -> None:
+        """Call after the optimizer's step: localized weights move.
+
+        Args:
+            bad: whether the step was not finite, alike on all ranks: nothing that was gathered with it is applied.
+        """
+        self.learner.apply(unless=bad)
 
     def synchronise(self) -> None:
         """Applies what is gathered and makes the localized weights of all ranks equal."""
@@ -92,11 +96,18 @@ class Replicas:
     def synchronise_copy(self, model: nn.Module) -> None:
         """Makes the localized weights of a copy (a moving average of the network) equal on all ranks."""
 
+    def drifting(self) -> list[str]:
+        """Names of the parameters in which ranks may differ between two steps."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores what :meth:`state_dict` gave, on any number of ranks; the learner holds all ranks' updates."""
+        if pending := state.get("pending_steps", 0):
+            # Of a run on many ranks, which goes on alone: the window that they had begun ends here.
+            self.learner.apply(pending)
 
 
 class _ExchangedReplicas(Replicas):
@@ -121,6 +132,7 @@ class _ExchangedReplicas(Replicas):
         self._every = every
         self._overlap = overlap
         self._pending_steps = 0
+        self._window_is_bad: Tensor | None = None
         self._armed = False
         self._in_flight: list[tuple[dist.Work, Tensor, Sequence[Layer]]] = []
         self._region_end: torch.utils.hooks.RemovableHandle | None = None
@@ -142,8 +154,10 @@ class _ExchangedReplicas(Replicas):
             self._armed = False
             self._in_flight = self._exchange()
 
-    def finish_step(self) -> None:
+    def finish_step(self, bad: Tensor | None = None) -> None:
         self._pending_steps += 1
+        if bad is not None:
+            self._window_is_bad = bad if self._window_is_bad is None else self._window_is_bad | bad
         if self._pending_steps == self._every:
             self._apply()
 
@@ -152,10 +166,13 @@ class _ExchangedReplicas(Replicas):
             self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pending_steps": self._pending_steps}
+        is_bad = self._window_is_bad is not None and bool(self._window_is_bad)
+        return {"pending_steps": self._pending_steps, "window_is_bad": is_bad}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._pending_steps = state["pending_steps"]
+        self._pending_steps = state.get("pending_steps", 0)
+        is_bad = state.get("window_is_bad", False)
+        self._window_is_bad = torch.tensor(True, device=self.learner.layers[0].weight.device) if is_bad else None
 
     def _apply(self) -> None:
         # What no forward pass has started (a window cut short, a step that was not armed) starts here.
@@ -166,8 +183,9 @@ class _ExchangedReplicas(Replicas):
             for layer, delta in zip(layers, flat.split(sizes), strict=True):
                 self.learner.deltas[layer.index] = delta.view_as(layer.weight)
         self._in_flight = []
-        self.learner.apply(self._pending_steps)
+        self.learner.apply(self._pending_steps, unless=self._window_is_bad)
         self._pending_steps = 0
+        self._window_is_bad = None
 
     def _flatten(self, layers: Sequence[Layer]) -> Tensor:
         """This rank's gathered updates of ``layers`` as one buffer; a layer that gathered nothing counts as zero."""
@@ -194,6 +212,13 @@ class ShardedReplicas(_ExchangedReplicas):
         layers = self.learner.updated_layers
         self._owned = assign_owners(layers, dist.get_world_size(self._group))
         self.learner.gather_only(layer.index for layer in self._owned[dist.get_rank(self._group)])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        # Owners may have changed with the number of ranks: each takes over what its layers have gathered.
+        mine = {layer.index for layer in self._owned[dist.get_rank(self._group)]}
+        for index in self.learner.deltas.keys() - mine:
+            del self.learner.deltas[index]
 
     def _exchange(self) -> list[tuple[dist.Work, Tensor, Sequence[Layer]]]:
         rank = dist.get_rank(self._group)
@@ -237,8 +262,8 @@ class AveragedReplicas(Replicas):
         self._every = every
         self._steps_since_average = 0
 
-    def finish_step(self) -> None:
-        super().finish_step()
+    def finish_step(self, bad: Tensor | None = None) -> None:
+        super().finish_step(bad)
         self._steps_since_average += 1
         if self._steps_since_average == self._every:
             self.synchronise()
@@ -247,6 +272,9 @@ class AveragedReplicas(Replicas):
         if self._steps_since_average:
             self._average([layer.weight for layer in self.learner.updated_layers])
         self._steps_since_average = 0
+
+    def drifting(self) -> list[str]:
+        return [f"{layer.name}.weight" for layer in self.learner.updated_layers]
 
     def synchronise_copy(self, model: nn.Module) -> None:
         # An average of averages: the moving average is linear in the weights, so this is that of the averaged replicas.
@@ -267,7 +295,7 @@ class AveragedReplicas(Replicas):
         return {"steps_since_average": self._steps_since_average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._steps_since_average = state["steps_since_average"]
+        self._steps_since_average = state.get("steps_since_average", 0)
 
 
 def assign_owners(layers: Sequence[Layer], world_size: int) -> list[list[Layer]]:

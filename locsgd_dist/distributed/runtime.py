@@ -7,6 +7,7 @@ for the few numbers decisions are taken from, so that a decision never waits for
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +15,9 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+
+_WATCHDOG_GRACE = timedelta(minutes=1)
+_ROLL_CALL = timedelta(seconds=20)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,12 @@ class DistributedConfig:
     def __post_init__(self) -> None:
         if not self.timeout_minutes > 0:
             raise ValueError(f"distributed.timeout_minutes must be > 0, got {self.timeout_minutes}")
+
+
+def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def environment_rank() -> int:
@@ -72,21 +82,24 @@ class Runtime:
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.data_group: dist.ProcessGroup | None = None
         self.control_group: dist.ProcessGroup | None = None
+        self._roll_call_group: dist.ProcessGroup | None = None
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.world_size > 1:
             backend = config.backend
             if backend == "auto":
                 backend = "nccl" if device.type == "cuda" else "gloo"
+            timeout = timedelta(minutes=config.timeout_minutes)
+            # NCCL's watchdog ends the process at once; the control group, which runs out of time first, can say more.
             dist.init_process_group(
                 backend,
-                timeout=timedelta(minutes=config.timeout_minutes),
+                timeout=timeout + _WATCHDOG_GRACE if backend == "nccl" else timeout,
                 device_id=device if backend == "nccl" else None,
             )
             self.data_group = dist.group.WORLD
-            control_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.timeout_minutes))
-            assert isinstance(control_group, dist.ProcessGroup)
-            self.control_group = control_group
+            self.control_group = _gloo_group(timeout)
+            # A group that has failed cannot be asked who is still there: this one carries nothing else.
+            self._roll_call_group = _gloo_group(timeout)
 
     @property
     def is_main(self) -> bool:
@@ -116,13 +129,33 @@ class Runtime:
         dist.gather_object(value, gathered, dst=0, group=self.control_group)
         return gathered
 
+    def share_text(self, text: str) -> str:
+        """Rank 0's ``text``."""
+        if self.control_group is None:
+            return text
+        shared = [text]
+        dist.broadcast_object_list(shared, src=0, group=self.control_group)
+        return shared[0]
+
+    def roll_call(self) -> str:
+        """After a collective has failed: which ranks no longer answer, as far as this one can tell. Takes seconds."""
+        if self._roll_call_group is None:
+            return "there are no other ranks"
+        try:
+            dist.monitored_barrier(self._roll_call_group, timeout=_ROLL_CALL, wait_all_ranks=True)
+        except RuntimeError as error:
+            if found := re.search(r"[Rr]anks?:? ([\d, ]+\d|\d) failed to pass monitoredBarrier", str(error)):
+                return f"these ranks hang or are gone: {found[1]}"
+            return "rank 0 hangs or is gone, or found that another rank is: see its message"
+        return "all ranks answer, so that the network or one slow rank held it up (distributed.timeout_minutes)"
+
     def barrier(self) -> None:
         if self.control_group is not None:
             dist.barrier(group=self.control_group)
 
     def close(self) -> None:
         if self.control_group is not None:
-            self.data_group = self.control_group = None
+            self.data_group = self.control_group = self._roll_call_group = None
             dist.destroy_process_group()
 
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:

@@ -22,6 +22,13 @@ class Traffic:
         self.replica_bytes += num_bytes
         self.replica_collectives += 1
 
+    def state_dict(self) -> dict[str, int]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
     def take(self) -> Traffic:
         """What was counted so far; counting starts anew."""
         taken = Traffic(**{f.name: getattr(self, f.name) for f in fields(self)})

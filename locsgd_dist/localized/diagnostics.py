@@ -41,11 +41,19 @@ class WeightTrace:
     def begin(self) -> None:
         """Call at the start of an epoch."""
         weights = [layer.weight.detach() for layer in self._layers]
-        if len(self._start) == len(weights):
+        # A pruned network's weights have shrunk since the last epoch.
+        if [kept.shape for kept in self._start] == [weight.shape for weight in weights]:
             for kept, weight in zip(self._start, weights, strict=True):
                 kept.copy_(weight)
         else:
             self._start = [weight.to("cpu", copy=True) for weight in weights]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights at the start of the epoch under way, by layer."""
+        return {layer.name: start for layer, start in zip(self._layers, self._start, strict=False)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._start = [state[layer.name] for layer in self._layers]
 
     @torch.no_grad()
     def end(self) -> EpochDiagnostics:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,6 +45,7 @@ class Layer:
         parameters: qualified name and tensor of every parameter that the layer owns: its own, then those of the
             normalisations and loose parameters first used after it.
         macs: multiply-adds of one forward pass per sample (0 where the module is opaque).
+        norms: modules with running statistics (batch norms) that run after this layer and before the next.
     """
 
     index: int
@@ -51,6 +53,7 @@ class Layer:
     module: nn.Module
     parameters: tuple[tuple[str, nn.Parameter], ...]
     macs: int = 0
+    norms: tuple[nn.Module, ...] = ()
 
     @property
     def weight(self) -> nn.Parameter:
@@ -139,6 +142,7 @@ class _Trace:
         self._runs: Counter[nn.Module] = Counter()
         self._samples = 1
         self._last_layer_before: dict[nn.Parameter, int] = {}
+        self._norm_after: dict[nn.Module, int] = {}
         self._names = {module: name for name, module in model.named_modules()}
         inside_opaque = {
             child
@@ -154,6 +158,7 @@ class _Trace:
         self._samples = next((a.shape[0] for a in tree_leaves(args) if isinstance(a, Tensor) and a.dim() > 0), 1)
         training = {module: module.training for module in self.model.modules()}
         handles = [m.register_forward_hook(self._ran) for m in self._layer_modules]
+        handles += [m.register_forward_hook(self._norm_ran) for m in self.model.modules() if isinstance(m, _NormBase)]
         self.model.eval()
         try:
             with torch.no_grad(), _FirstUse(self._used):
@@ -175,6 +180,9 @@ class _Trace:
             # Not divided by this layer's own first dimension: a network may fold windows or frames into the batch.
             positions = output.numel() // module.weight.shape[0]
             self.macs[module] = positions * module.weight.numel() // self._samples
+
+    def _norm_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._norm_after.setdefault(module, max(0, len(self.order) - 1))
 
     def _used(self, parameter: nn.Parameter) -> None:
         self._last_layer_before.setdefault(parameter, len(self.order) - 1)
@@ -220,8 +228,11 @@ class _Trace:
                 f"parameters used by no forward pass on the example input have no owner: {shown}; "
                 "remove the unused modules"
             )
+        norms: list[list[nn.Module]] = [[] for _ in self.order]
+        for norm, index in self._norm_after.items():
+            norms[index].append(norm)
         return tuple(
-            Layer(index, self._names[module], module, tuple(owned[index]), self.macs[module])
+            Layer(index, self._names[module], module, tuple(owned[index]), self.macs[module], tuple(norms[index]))
             for index, module in enumerate(self.order)
         )
 

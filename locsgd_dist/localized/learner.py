@@ -46,6 +46,9 @@ class LocalizedConfig:
     """Reverse the direction of localized updates in the epoch after one whose training loss rose (algorithm 2)."""
     batch_fraction: float = 1.0
     """Share of the batch from which localized updates are computed; in (0, 1]. 1 is the paper's."""
+    norm_statistics: Literal["moving", "held"] = "moving"
+    """Batch norms of the localized region while training: moving (they normalise by the batch and go on averaging) or
+    held (they normalise by their running statistics, which stay as they were at the shift)."""
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     """How localized.lr follows the global batch: linear keeps the way that a layer moves in an epoch."""
     refresh_every: int = 0
@@ -88,6 +91,7 @@ class LocalizedLearner:
         lr: length of a step (eta of eq. 4).
         batch_fraction: share of the batch from which updates are computed.
         seed: of rules that draw random numbers.
+        hold_statistics: batch norms of the localized region stay in evaluation mode (see :meth:`train`).
 
     Attributes:
         layers: the network's layers in execution order.
@@ -104,12 +108,14 @@ class LocalizedLearner:
         lr: float = 0.01,
         batch_fraction: float = 1.0,
         seed: int = 0,
+        hold_statistics: bool = False,
     ):
         self.layers = trace_layers(model, example_input)
         self.rule = make_rule(rule, seed) if isinstance(rule, str) else rule
         self.lr = lr
         self.sign = 1.0
         self.batch_fraction = batch_fraction
+        self.hold_statistics = hold_statistics
         self.boundary = 0
         self._model = model
         self._released: list[nn.Parameter] = []
@@ -160,6 +166,15 @@ class LocalizedLearner:
         self.boundary = boundary
         return released
 
+    def train(self) -> None:
+        """Puts the network into training mode, but for batch norms whose statistics are held. Call it in the place of
+        ``model.train()``, which would set those going again."""
+        self._model.train()
+        if self.hold_statistics:
+            for layer in self.layers[: self.boundary]:
+                for norm in layer.norms:
+                    norm.eval()
+
     def gather_only(self, indices: Iterable[int] | None) -> None:
         """Computes updates of these layers only (None: of all): what a rank owns when ranks share the work."""
         self._gathered = None if indices is None else frozenset(indices)
@@ -205,7 +220,7 @@ class LocalizedLearner:
         return self._deltas
 
     @torch.no_grad()
-    def apply(self, num_steps: int = 1) -> None:
+    def apply(self, num_steps: int = 1, *, unless: Tensor | None = None) -> None:
         """Applies what has been gathered and forgets it: ``W <- W + sign * lr * dW / ||dW||``.
 
         Several forward passes before one call (gradient accumulation) add up like gradients do.
@@ -213,11 +228,14 @@ class LocalizedLearner:
         Args:
             num_steps: training steps over which the updates were gathered; the step is that many times as long, so
                 that a region updated every n-th step moves as far as one updated each step.
+            unless: a scalar on the device; where it is true nothing moves. Nor does a layer whose update is not finite.
         """
         if self._deltas:
             indices = sorted(self._deltas)
             weights: list[Tensor] = [self.layers[index].weight for index in indices]
-            self.rule.step(weights, [self._deltas[i] for i in indices], self.sign * self.lr * num_steps)
+            deltas = [self._deltas[index] for index in indices]
+            _clear_bad(deltas, unless)
+            self.rule.step(weights, deltas, self.sign * self.lr * num_steps)
         self._deltas.clear()
         self._num_steps += num_steps
 
@@ -255,6 +273,15 @@ class LocalizedLearner:
                 self._deltas[layer.index].add_(delta)
             else:
                 self._deltas[layer.index] = delta
+
+
+def _clear_bad(deltas: list[Tensor], unless: Tensor | None) -> None:
+    """Sets to zero the updates that are not finite, or all; on the device, without waiting for it."""
+    clear = ~torch.stack(torch._foreach_norm(deltas)).isfinite()
+    if unless is not None:
+        clear |= unless
+    for delta, is_bad in zip(deltas, clear.unbind(), strict=True):
+        delta.masked_fill_(is_bad, 0.0)
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -61,6 +61,15 @@ class BatchConfig:
             parse_bytes(self.memory_budget, "batch.memory_budget")
 
 
+@dataclass(frozen=True)
+class ElasticConfig:
+    """What follows when a run goes on with another number of ranks."""
+
+    keep: Literal["per_gpu", "global"] = "per_gpu"
+    """per_gpu: each rank goes on with its batch, and learning rates follow the global batch (batch.lr_scaling); global:
+    the per-GPU batch follows, so that the global batch stays, to the nearest whole image."""
+
+
 def parse_bytes(text: str, key: str) -> int:
     """Bytes of ``10GiB``, ``800 MB`` or a plain number.
 
@@ -163,6 +172,12 @@ class BatchPolicy:
             self._sizes.pop()
         self.per_gpu = self._sizes[-1]
         return self.per_gpu < self._limit
+
+    def keep_global_batch(self, ranks_before: int, ranks_now: int) -> None:
+        """The number of ranks has changed: the per-GPU batch follows. What worked before is still known to work."""
+        per_gpu = max(1, round(self.per_gpu * ranks_before / ranks_now))
+        self._sizes = [*(size for size in self._sizes if size < per_gpu), per_gpu]
+        self.per_gpu = per_gpu
 
     def _grow(self, per_gpu: int) -> None:
         self.per_gpu = per_gpu

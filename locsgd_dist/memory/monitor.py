@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,6 +59,7 @@ class FootprintMonitor:
         self._lock = threading.Lock()
         self._peaks: dict[str, int] = {}
         self._tensor_peak: int | None = None
+        self._earlier: Footprint | None = None
         self._trace: MemoryTrace | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -92,6 +94,7 @@ class FootprintMonitor:
                 self._cuda.reset_peak()
             self._peaks.clear()
             self._tensor_peak = None
+            self._earlier = None
 
     @contextlib.contextmanager
     def measured_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -114,6 +117,21 @@ class FootprintMonitor:
 
     def footprint(self) -> Footprint:
         """Peak bytes of this rank since :meth:`reset_peak`; 0 from ``host_rss`` where nothing can be read."""
+        now, earlier = self._footprint_of_this_process(), self._earlier
+        if earlier is None or (now.source == earlier.source and now.bytes >= earlier.bytes):
+            return now
+        return earlier if now.source in ("host_rss", earlier.source) else now
+
+    def state_dict(self) -> dict[str, Any]:
+        footprint = self.footprint()
+        return {"bytes": footprint.bytes, "source": footprint.source}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the footprint that an earlier process has measured since its :meth:`reset_peak` into account."""
+        # Resident memory stands in where nothing better is known yet, and says nothing of another process.
+        self._earlier = None if state["source"] == "host_rss" else Footprint(state["bytes"], state["source"])
+
+    def _footprint_of_this_process(self) -> Footprint:
         self._sample()
         with self._lock:
             if self._cuda is not None and (found := self._cuda.footprint(self._peaks)) is not None:

@@ -3,5 +3,6 @@
 from .cifar import resnet18, vgg13
 from .config import ModelConfig
 from .factory import build_model, check_model
+from .size import network_size
 
-__all__ = ["ModelConfig", "build_model", "check_model", "resnet18", "vgg13"]
+__all__ = ["ModelConfig", "build_model", "check_model", "network_size", "resnet18", "vgg13"]

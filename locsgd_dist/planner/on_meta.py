@@ -175,6 +175,8 @@ class ReplicasOnMeta(Replicas):
         self._world_size = world_size
         self._armed = False
         self._exchanged: Tensor | None = None
+        gathers = config.mode == "sharded" and config.every > 1
+        self._window_is_bad = torch.zeros((), dtype=torch.bool, device="meta") if gathers else None
 
     def refresh(self) -> None:
         if self._config.mode == "sharded":
@@ -192,6 +194,8 @@ class ReplicasOnMeta(Replicas):
             self._exchanged = torch.empty(sum(layer.weight.numel() for layer in layers), device="meta")
 
     def finish_step(self, bad: Tensor | None = None) -> None:
+        if bad is not None and self._window_is_bad is not None:
+            bad = bad | self._window_is_bad
         if self._exchanged is not None:
             layers = self.learner.updated_layers
             parts = self._exchanged.split([layer.weight.numel() for layer in layers])

@@ -23,9 +23,9 @@ class RunConfig:
     console: Literal["auto", "rich", "plain", "quiet"] = "auto"
     """Output of rank 0: `rich` (live progress), `plain` (a line per epoch), `quiet` (nothing), `auto` (rich
     on a terminal, else plain)."""
-    report_every: int = 1
-    """Refresh report.html every so many epochs (0: only at the end). A refresh that would take more than 5 %
-    of the time since the last one is put off to a later epoch."""
+    report_every: int | None = 1
+    """Refresh report.html every so many epochs (0: only at the end; null: never). A refresh that would take more than
+    5 % of the time since the last one is put off to a later epoch."""
 
     def __post_init__(self) -> None:
         for key in ("dir", "resume"):
@@ -33,8 +33,8 @@ class RunConfig:
                 raise ValueError(f"run.{key} must not be empty")
         if self.console not in ("auto", "rich", "plain", "quiet"):
             raise ValueError(f"run.console must be auto, rich, plain or quiet, got {self.console!r}")
-        if self.report_every < 0:
-            raise ValueError(f"run.report_every must be at least 0, got {self.report_every}")
+        if self.report_every is not None and self.report_every < 0:
+            raise ValueError(f"run.report_every must be at least 0 (or null), got {self.report_every}")
 
 
 def check_run(config: RunConfig) -> None:

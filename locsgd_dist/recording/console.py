@@ -25,10 +25,12 @@ ConsoleMode = Literal["auto", "rich", "plain", "quiet"]
 
 _SHOWN_EVENTS = {
     "shift": "green",
+    "prune": "green",
     "batch": "cyan",
     "oom": "bold red",
     "resume": "yellow",
     "preempt": "yellow",
+    "bad_step": "yellow",
     "warning": "yellow",
 }
 """Checkpoints are on record in events.jsonl; a line for each would only push the epochs off the screen."""

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self.plots = self.path / "plots"
         self.tensorboard = self.path / "tensorboard"
+        self.preempted = self.path / "preempted"
 
     def load_config(self) -> Record:
         """The merged configuration as nested dictionaries; empty if the file is missing or no mapping."""
@@ -77,11 +79,17 @@ def read_jsonl(path: Path) -> list[Record]:
 def write_atomically(path: Path, text: str) -> None:
     """Readers see the old file or the new one, never a part, whenever the process or the machine stops."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary.unlink(missing_ok=True)
+    try:
+        # Exclusive, so that no link laid in its way is followed.
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def to_json_value(value: Any) -> Any:
@@ -104,12 +112,20 @@ def to_json_value(value: Any) -> Any:
 
 
 class JsonLines:
-    """An append-only JSON-lines file whose every line is on disk when `append` returns."""
+    """An append-only JSON-lines file whose every line is on disk when `append` returns.
+
+    A full disk loses nothing: lines that did not fit wait in memory for the next `append`, and no part of one is left
+    in the file meanwhile.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._waiting = b""
         self._end_torn_line()
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self._open()
+
+    def _open(self) -> FileIO:
+        return FileIO(self._path, "a")
 
     def _end_torn_line(self) -> None:
         """A crash may have left half a line: what is appended next must not become its other half."""
@@ -118,9 +134,21 @@ class JsonLines:
             self.rewrite(read_jsonl(self._path))
 
     def append(self, record: Record) -> None:
-        self._file.write(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Raises OSError where the disk does not take it, having kept it for later."""
+        self._waiting += (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        self._flush()
+
+    def _flush(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            rest = memoryview(self._waiting)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            os.ftruncate(self._file.fileno(), size)
+            raise
+        self._waiting = b""
 
     def rewrite(self, records: Iterable[Record]) -> None:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -129,8 +157,13 @@ class JsonLines:
     def keep(self, records: Iterable[Record]) -> None:
         """Replaces the content; what is appended later goes to the new file."""
         self._file.close()
+        self._waiting = b""
         self.rewrite(records)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._open()
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            if not self._file.closed:
+                self._flush()
+        finally:
+            self._file.close()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,8 @@ from locsgd_dist.recording.config import RunConfig
 from locsgd_dist.recording.console import open_console
 from locsgd_dist.recording.directory import RunDirectory, to_json_value, write_atomically
 from locsgd_dist.recording.sinks import JsonlSink, ReportSink, Sink, TensorBoardSink
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -39,7 +42,8 @@ class Recorder:
         if config.tensorboard:
             sinks.append(TensorBoardSink(directory.tensorboard))
         sinks.append(open_console(config.console, num_epochs=_num_epochs(directory)))
-        sinks.append(ReportSink(directory, config.report_every))
+        if config.report_every is not None:
+            sinks.append(ReportSink(directory, config.report_every))
         return cls(sinks)
 
     @property
@@ -53,7 +57,8 @@ class Recorder:
             return
         record = to_json_value(metrics)
         for sink in self._sinks:
-            sink.epoch(record)
+            with _surviving(sink):
+                sink.epoch(record)
 
     def event(self, type: str, *, epoch: int, samples_seen: int, **fields: Any) -> None:
         """Records an event with the present time (`time`: unix seconds) and its own fields."""
@@ -62,13 +67,15 @@ class Recorder:
         header = {"type": type, "epoch": epoch, "samples_seen": samples_seen, "time": time.time()}
         record = to_json_value(header | fields)
         for sink in self._sinks:
-            sink.event(record)
+            with _surviving(sink):
+                sink.event(record)
 
     def step(self, *, epoch: int, fraction: float, loss: float | None, images_per_second: float) -> None:
         """Shows live progress: `fraction` of `epoch` is done. Throttled: most calls return at once."""
         for sink in self._sinks:
             if sink.step_due:
-                sink.step(epoch=epoch, fraction=fraction, loss=loss, images_per_second=images_per_second)
+                with _surviving(sink):
+                    sink.step(epoch=epoch, fraction=fraction, loss=loss, images_per_second=images_per_second)
 
     def truncate_to(self, epoch: int, samples_seen: int | None = None) -> None:
         """Before a resumed run goes on after `epoch`: drops what it is going to record again.
@@ -85,7 +92,7 @@ class Recorder:
         sinks, self._sinks = self._sinks, ()
         with ExitStack() as stack:
             for sink in reversed(sinks):  # a stack unwinds backwards: files first, the report of them last
-                stack.callback(sink.close)
+                stack.callback(_close, sink)
 
     def __enter__(self) -> Self:
         return self
@@ -94,6 +101,20 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def _surviving(sink: Sink) -> Iterator[None]:
+    """A full disk under a log, or under standard output, must not end the training that they tell of."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s could not write: %s", type(sink).__name__, error)
+
+
+def _close(sink: Sink) -> None:
+    with _surviving(sink):
+        sink.close()
 
 
 def _num_epochs(directory: RunDirectory) -> int | None:

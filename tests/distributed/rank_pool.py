@@ -9,6 +9,7 @@ import multiprocessing as mp
 import os
 import queue
 import socket
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -75,6 +76,14 @@ class RankPool:
         self._processes = []
 
 
+def _leave_with_parent() -> None:
+    """A test session that is killed must not leave its ranks behind, waiting for calls."""
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _serve(rank: int, world_size: int, port: int, calls: Any, results: Any) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -84,6 +93,7 @@ def _serve(rank: int, world_size: int, port: int, calls: Any, results: Any) -> N
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     import torch
     import torch.distributed as dist
 

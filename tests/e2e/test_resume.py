@@ -30,7 +30,7 @@ GROWING = (
     "--batch.interval_epochs=2",
     "--batch.lr_ramp_epochs=2.5",
 )
-TIMES = {"seconds", "eval_seconds", "images_per_second", "footprint_bytes"}
+TIMES = {"seconds", "cpu_seconds", "eval_seconds", "images_per_second", "footprint_bytes"}
 
 
 def without_times(record: dict) -> dict:

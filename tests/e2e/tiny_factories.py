@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import torch
 import torchvision
@@ -32,6 +33,32 @@ class Blobs(Dataset[tuple[Tensor, int]]):
 
 def blobs(split: str, size: int = 32, train: int = 12, val: int = 5) -> Blobs:
     return Blobs(train, size, 0) if split == "train" else Blobs(val, size, 1)
+
+
+class Faulty(Blobs):
+    """Blobs that hit rank 1 while it trains, as ``TINY_FAULTS`` in the environment says.
+
+    ``kill@20,term@15``: the first process is killed when it reads its 20th image; the one started in its place has
+    torchrun terminated at the 15th.
+    """
+
+    def __init__(self, count: int, size: int, seed: int):
+        super().__init__(count, size, seed)
+        self._num_read = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self._num_read += 1
+        faults = dict(enumerate(os.environ.get("TINY_FAULTS", "").split(",")))
+        fault, _, after = faults.get(int(os.environ["TORCHELASTIC_RESTART_COUNT"]), "").partition("@")
+        if fault and os.environ["RANK"] == "1" and self._num_read == int(after):
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getppid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+def faulty_blobs(split: str, size: int = 32, train: int = 12, val: int = 5) -> Blobs:
+    return Faulty(train, size, 0) if split == "train" else Blobs(val, size, 1)
 
 
 def small_vit(num_classes: int) -> nn.Module:

@@ -3,8 +3,17 @@
 import pytest
 import torch
 import yaml
+from file_limits import files_of_at_most
 
-from locsgd_dist.checkpoint import CheckpointStore, changed_keys, check_resume, load_state, save_atomically
+from locsgd_dist.checkpoint import (
+    CheckpointConfig,
+    CheckpointStore,
+    Position,
+    changed_keys,
+    check_resume,
+    load_state,
+    save_atomically,
+)
 
 
 def state(value: float) -> dict:
@@ -21,7 +30,7 @@ def test_round_trip_is_exact(tmp_path):
 def test_newest_are_kept_and_the_best_survives(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     for epoch in range(1, 6):
-        store.save(state(epoch), epochs=epoch, is_best=epoch == 2)
+        store.save(state(epoch), Position(epoch), is_best=epoch == 2)
     assert [p.name for p in store.paths()] == ["epoch-0004.pt", "epoch-0005.pt"]
     assert load_state(store.best)["epoch"] == 2
     path, newest = store.load_newest()
@@ -31,12 +40,91 @@ def test_newest_are_kept_and_the_best_survives(tmp_path):
 @pytest.mark.parametrize("keep_bytes", [0, 10, -1])
 def test_a_torn_newest_checkpoint_is_passed_over(tmp_path, keep_bytes: int, caplog):
     store = CheckpointStore(tmp_path, keep=3)
-    store.save(state(1), epochs=1, is_best=False)
-    torn = store.save(state(2), epochs=2, is_best=False)
+    store.save(state(1), Position(1))
+    torn = store.save(state(2), Position(2))
     torn.write_bytes(torn.read_bytes()[: keep_bytes if keep_bytes >= 0 else -200])
     _, newest = store.load_newest()
     assert newest["epoch"] == 1
     assert "epoch-0002.pt" in caplog.text
+
+
+def test_one_altered_bit_is_noticed(tmp_path, caplog):
+    store = CheckpointStore(tmp_path, keep=3)
+    store.save({"model": {"w": torch.zeros(10_000)}, "epoch": 1}, Position(1))
+    altered = store.save({"model": {"w": torch.zeros(10_000)}, "epoch": 2}, Position(2))
+    content = bytearray(altered.read_bytes())
+    content[len(content) // 2] ^= 1  # among the zeros: the archive is as readable as before
+    altered.write_bytes(content)
+    assert torch.load(altered, weights_only=True)["model"]["w"].count_nonzero() == 1
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        load_state(altered)
+    _, newest = store.load_newest()
+    assert newest["epoch"] == 1
+    assert "epoch-0002.pt" in caplog.text
+
+
+def test_checkpoints_inside_epochs_stand_between_those_at_their_edges(tmp_path):
+    store = CheckpointStore(tmp_path, keep=9)
+    for position in (Position(2), Position(1, 5000), Position(10), Position(1), Position(1, 300), Position(0, 64)):
+        store.save(state(position.epochs), position)
+    assert [p.name for p in store.paths()] == [
+        "epoch-0000-sample-000000064.pt",
+        "epoch-0001.pt",
+        "epoch-0001-sample-000000300.pt",
+        "epoch-0001-sample-000005000.pt",
+        "epoch-0002.pt",
+        "epoch-0010.pt",
+    ]
+
+
+def test_what_a_killed_writer_left_is_cleared_away_and_never_loaded(tmp_path):
+    store = CheckpointStore(tmp_path)
+    left_over = tmp_path / ".epoch-0007.pt.tmp"
+    left_over.write_bytes(b"half of a checkpoint")
+    assert store.load_newest() is None
+    store.save(state(1), Position(1))
+    assert not left_over.exists()
+
+
+def test_a_disk_that_takes_no_more_leaves_the_earlier_checkpoints(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(state(1), Position(1), is_best=True)
+    large = {"model": {"w": torch.randn(1 << 20)}, "epoch": 2}
+    with files_of_at_most(1 << 20):
+        store.start_saving(large, Position(2))
+        written = store.wait()
+        with pytest.raises(OSError, match="File too large"):
+            store.save(large, Position(2))
+    assert written is not None
+    assert written.error == "File too large"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "epoch-0001.pt"]
+    assert load_state(store.best)["epoch"] == 1
+    store.start_saving(large, Position(2))
+    assert store.wait().error is None
+    assert torch.equal(store.load_newest()[1]["model"]["w"], large["model"]["w"])
+    store.close()
+
+
+def test_a_link_that_leads_out_of_the_folder_is_not_followed(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(state(1), Position(1))
+    elsewhere = tmp_path / "elsewhere.pt"
+    save_atomically(state(5), elsewhere)
+    (store.folder / "epoch-0005.pt").symlink_to(elsewhere)
+    assert store.load_newest()[1]["epoch"] == 1
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (store.folder / ".epoch-0002.pt.tmp").symlink_to(victim)
+    store.save(state(2), Position(2))
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("every_epochs", 0), ("keep", 0), ("every_steps", 0), ("every_minutes", 0.0)]
+)
+def test_bad_intervals_are_refused_by_name(key, value):
+    with pytest.raises(ValueError, match=rf"checkpoint\.{key} must be"):
+        CheckpointConfig(**{key: value})
 
 
 def test_nothing_to_load_in_a_new_folder(tmp_path):
@@ -66,7 +154,7 @@ CONFIG = {"optim": {"lr": 0.1}, "run": {"dir": "a"}, "train": {"epochs": 3, "dev
 def started_run(path, epochs: int) -> None:
     path.mkdir()
     (path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    CheckpointStore(path / "checkpoints").save(state(epochs), epochs=epochs, is_best=False)
+    CheckpointStore(path / "checkpoints").save(state(epochs), Position(epochs))
 
 
 def test_an_unfinished_run_goes_on_also_on_another_device(tmp_path):

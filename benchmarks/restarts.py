@@ -1,0 +1,159 @@
+"""Kills in a row: a run is started by launch/local.sh, one of its ranks is killed (SIGKILL), and the run has to finish.
+
+    python benchmarks/restarts.py --kills 20 --json benchmarks/results/restarts.json
+
+Each kill is a run of its own: a random rank, at a random moment between the ranks' start and the time after which an
+undisturbed run was over, so that some fall into starting up and some into saving. Passed means exit code 0, every epoch
+recorded once, and every sample counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LOCAL = Path(__file__).parents[1] / "launch" / "local.sh"
+EPOCHS, SAMPLES = 3, 192
+TRAINER = (
+    "--config=quickstart",
+    "--model.width=4",
+    f"--data.train_samples={SAMPLES}",
+    "--data.workers=0",
+    "--batch.policy=fixed",
+    f"--train.epochs={EPOCHS}",
+    "--run.report_every=0",
+)
+PATIENCE = 600
+"""Seconds after which a run counts as hanging."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed = one_run(Path(folder) / "undisturbed", options.ranks, None)
+        print(f"undisturbed: {undisturbed['seconds']:.0f} s, exit code {undisturbed['exit_code']}", flush=True)
+        for number in range(1, options.kills + 1):
+            kill = (draw.uniform(0, undisturbed["seconds_of_ranks"]), draw.randrange(options.ranks))
+            result = one_run(Path(folder) / str(number), options.ranks, kill)
+            results.append(result)
+            print(
+                f"{number:3d}  rank {result['killed_rank']} killed after {result['killed_after']:5.1f} s "
+                f"({result['epochs_recorded_at_kill']} epochs recorded)  {'passed' if result['passed'] else 'FAILED'}, "
+                f"{result['seconds']:.0f} s",
+                flush=True,
+            )
+            if options.json is not None:
+                write(options.json, options, undisturbed, results)
+    failed = sum(not result["passed"] for result in results)
+    print(f"{len(results) - failed} of {len(results)} runs with a killed rank finished")
+    return 1 if failed else 0
+
+
+def one_run(run_dir: Path, ranks: int, kill: tuple[float, int] | None) -> dict[str, Any]:
+    """Starts a run and, where ``kill`` gives seconds and a rank, kills that rank so long after the ranks appeared."""
+    command = ["bash", str(LOCAL), f"--nproc-per-node={ranks}", "--", *TRAINER, f"--run.dir={run_dir}"]
+    log = run_dir.with_suffix(".log")
+    start = time.monotonic()
+    result: dict[str, Any] = {}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, "PYTHON": sys.executable}, stdout=output, stderr=subprocess.STDOUT
+        )
+        workers = wait_for_ranks(process, ranks)
+        ranks_start = time.monotonic()
+        if kill is not None:
+            seconds, rank = kill
+            time.sleep(seconds)
+            result |= {"killed_rank": rank, "killed_after": round(seconds, 2)}
+            result["epochs_recorded_at_kill"] = len(read_records(run_dir))
+            try:
+                os.kill(workers[rank], signal.SIGKILL)
+            except ProcessLookupError:
+                result["too_late"] = True
+        try:
+            code: int | None = process.wait(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            code = None
+            process.terminate()
+            process.wait()
+    end = time.monotonic()
+    records = read_records(run_dir)
+    counted = [(record["epoch"], record["samples_seen"]) for record in records]
+    passed = code == 0 and counted == [(epoch, (epoch + 1) * SAMPLES) for epoch in range(EPOCHS)]
+    if not passed:
+        result["log"] = log.read_text(errors="replace")[-3000:]
+    result |= {"exit_code": code, "passed": passed, "seconds": round(end - start, 1)}
+    return result | {"seconds_of_ranks": round(end - ranks_start, 1)}
+
+
+def wait_for_ranks(process: subprocess.Popen[bytes], ranks: int) -> list[int]:
+    """Process ids of torchrun's ranks, in order, as soon as they are there."""
+    while process.poll() is None:
+        for torchrun in children(process.pid):
+            workers = [pid for pid in children(torchrun) if b"locsgd_dist.train" in command_line(pid)]
+            if len(workers) == ranks:
+                return sorted(workers, key=rank_of)
+        time.sleep(0.05)
+    raise RuntimeError("the run was over before its ranks were seen")
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def rank_of(pid: int) -> int:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(int(variable[5:]) for variable in variables if variable.startswith(b"RANK="))
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write(path: Path, options: argparse.Namespace, undisturbed: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    summary = {
+        "ranks": options.ranks,
+        "seed": options.seed,
+        "kills": len(results),
+        "finished": sum(result["passed"] for result in results),
+        "torch": torch.__version__,
+        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "undisturbed": undisturbed,
+        "runs": results,
+    }
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

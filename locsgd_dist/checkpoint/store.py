@@ -1,0 +1,163 @@
+"""The checkpoints of a run: their names, which are kept, which is the newest that can be read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from locsgd_dist.checkpoint.file import load_state, save_atomically
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"epoch-(\d+)(?:-sample-(\d+))?\.pt")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every_epochs: int = 1
+    """Epochs between checkpoints; the last epoch always leaves one; >= 1."""
+    every_steps: int | None = None
+    """Steps between checkpoints inside epochs (null: none); >= 1."""
+    every_minutes: float | None = None
+    """Minutes between checkpoints inside epochs (null: none); > 0."""
+    keep: int = 2
+    """Newest checkpoints kept beside the best one by validation top-1; >= 1."""
+
+    def __post_init__(self) -> None:
+        for key in ("every_epochs", "keep"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"checkpoint.{key} must be >= 1, got {getattr(self, key)}")
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(f"checkpoint.every_steps must be >= 1 (or null), got {self.every_steps}")
+        if self.every_minutes is not None and not self.every_minutes > 0:
+            raise ValueError(f"checkpoint.every_minutes must be > 0 (or null), got {self.every_minutes}")
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """Where in a run a checkpoint was taken: ``epochs`` completed, then ``samples`` into the next one."""
+
+    epochs: int
+    samples: int = 0
+
+    @property
+    def file_name(self) -> str:
+        inside = f"-sample-{self.samples:09d}" if self.samples else ""
+        return f"epoch-{self.epochs:04d}{inside}.pt"
+
+
+@dataclass(frozen=True)
+class Written:
+    """The outcome of a save: ``error`` says why there is no such file."""
+
+    path: Path
+    position: Position
+    error: str | None = None
+
+
+class CheckpointStore:
+    """The ``checkpoints/`` folder of a run.
+
+    ``epoch-NNNN.pt`` after NNNN epochs, ``epoch-NNNN-sample-S.pt`` S samples later, and ``best.pt``.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = folder
+        self._keep = keep
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[Written] | None = None
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best.pt"
+
+    def paths(self) -> list[Path]:
+        """Checkpoints in the order of their positions. A link that leads out of the folder is none."""
+        if not self.folder.is_dir():
+            return []
+        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and self._is_inside(path)]
+        return sorted(found, key=position_of)
+
+    def save(self, state: dict[str, Any], position: Position, *, is_best: bool = False) -> Path:
+        """Writes a state, then removes what is too old to keep.
+
+        Raises:
+            OSError: it could not be written; all earlier ones are still there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left_over in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            left_over.unlink(missing_ok=True)
+        path = self.folder / position.file_name
+        save_atomically(state, path)
+        if is_best:
+            # A hard link: the best checkpoint costs no second write and survives the removal of its epoch's name.
+            temporary = self.best.with_suffix(".tmp")
+            temporary.unlink(missing_ok=True)
+            os.link(path, temporary)
+            os.replace(temporary, self.best)
+        for old in self.paths()[: -self._keep]:
+            old.unlink()
+        return path
+
+    def start_saving(self, state: dict[str, Any], position: Position, *, is_best: bool = False) -> None:
+        """Saves in a thread; ``state`` must not change any more. Wait for an earlier save first."""
+        assert self._writing is None, "one at a time: wait() first"
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing = self._thread.submit(self._outcome_of_saving, state, position, is_best)
+
+    def finished(self) -> Written | None:
+        """What the save under way came to, once it is over; None before that, and when none was started."""
+        return self.wait() if self._writing is not None and self._writing.done() else None
+
+    def wait(self) -> Written | None:
+        """Waits for the save under way, if any, and returns what it came to."""
+        if self._writing is None:
+            return None
+        writing, self._writing = self._writing, None
+        return writing.result()
+
+    def close(self) -> None:
+        """Finishes the save under way; safe to call twice."""
+        self.wait()
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that can be read; unreadable ones are passed over with a warning."""
+        for path in reversed(self.paths()):
+            try:
+                return path, load_state(path)
+            except ValueError as error:
+                log.warning("%s; trying the one before", error)
+        return None
+
+    def _outcome_of_saving(self, state: dict[str, Any], position: Position, is_best: bool) -> Written:
+        path = self.folder / position.file_name
+        try:
+            return Written(self.save(state, position, is_best=is_best), position)
+        except OSError as error:  # a full disk: the run goes on, and what was saved before is kept
+            return Written(path, position, f"{error.strerror or error}")
+
+    def _is_inside(self, path: Path) -> bool:
+        return path.resolve().parent == self.folder.resolve()
+
+
+def position_of(path: Path) -> Position:
+    """Where in the run a checkpoint of that name was taken."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return Position(int(match[1]), int(match[2] or 0))
+
+
+def completed_epochs(path: Path) -> int:
+    """Epochs that were over when a checkpoint of that name was taken."""
+    return position_of(path).epochs

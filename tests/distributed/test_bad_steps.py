@@ -1,0 +1,42 @@
+"""An image that is not finite on one rank: the step leaves no trace on any, and the run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from interrupted_runs import numbers, run
+from test_mid_epoch_resume import FLAGS
+
+from locsgd_dist.recording import RunDirectory
+
+POISONED = 17
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_poisoned_image_on_one_rank(every: int, two_ranks: Any, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    flags = [
+        *FLAGS,
+        f"--data.kwargs={{count: 40, poisoned: {POISONED}}}",
+        "--train.epochs=2",
+        "--batch.policy=fixed",
+        "--selection.kind=fixed",
+        "--selection.boundary=2",
+        f"--replicas.every={every}",
+        f"--run.dir={run_dir}",
+    ]
+    ranks = run(two_ranks, flags)
+    is_bad = [
+        any(POISONED in step.labels for step in steps) for steps in zip(*(rank.steps for rank in ranks), strict=True)
+    ]
+    assert sum(is_bad) == 2  # once an epoch
+    for rank in ranks:
+        assert all(step.is_finite for step in rank.steps)
+        assert [step.moved == set() for step in rank.steps] == is_bad
+    recorded = numbers(run_dir)
+    assert [epoch["skipped_steps"] for epoch in recorded] == [1, 1]
+    assert all(epoch["train_loss"] is not None for epoch in recorded)
+    bad_steps = [event for event in RunDirectory(run_dir).load_events() if event["type"] == "bad_step"]
+    assert [event["skipped_steps"] for event in bad_steps] == [1, 1]
