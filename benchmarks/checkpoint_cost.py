@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--model.name=torchvision:resnet50", "--model.width=null", "--data.name=digits", "--run.console=quiet"]
         flags += ["--data.train_samples=4", "--train.evaluate_every=9", "--batch.per_gpu=2", "--train.epochs=1"]
-        flags += [f"--train.device={options.device}", "--run.report_every=0", f"--run.dir={folder}/run"]
+        flags += [f"--train.device={options.device}", "--run.report_every=null", f"--run.dir={folder}/run"]
         with Trainer(parse_config(["--config", "quickstart", *flags])) as trainer:
             trainer.fit()
             for _ in range(options.rounds):

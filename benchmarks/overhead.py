@@ -69,7 +69,7 @@ def trainer_side(options: argparse.Namespace, stack: ExitStack) -> Epoch:
                     "--optim.schedule=constant",
                     f"--run.dir={folder}/run",
                     "--run.console=quiet",
-                    "--run.report_every=0",
+                    "--run.report_every=null",
                 ]
             )
         )

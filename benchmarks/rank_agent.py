@@ -8,6 +8,7 @@ The ranks are forked from this process, which has imported everything and comput
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from locsgd_dist import train
-from locsgd_dist.config import make_parser
+from locsgd_dist.config import parse_config
 
 GRACE_SECONDS = 1.0
 """Between SIGTERM and SIGKILL for the ranks that outlive one that died; torchrun gives 30."""
@@ -170,7 +171,7 @@ def import_all(flags: Sequence[str]) -> None:
     Raises:
         SystemExit: that run failed, or this process has threads.
     """
-    make_parser()
+    parse_config([])  # builds the parser, which takes a second
     with tempfile.TemporaryDirectory() as folder:
         listing = Path(folder) / "modules"
 
@@ -189,8 +190,11 @@ def import_all(flags: Sequence[str]) -> None:
         if launch(probe, ranks=1, log=log, prepare=leave_listing_at_the_end).failed:
             raise SystemExit(f"the run that finds out what to import failed:\n{log.read_text()[-3000:]}")
         for name in listing.read_text().splitlines():
-            with contextlib.suppress(Exception):  # some are made, not imported
-                importlib.import_module(name)
+            if name not in sys.modules:
+                with contextlib.suppress(Exception):  # some are made, not imported
+                    importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or each rank's collector would look through all of it, again and again
     if len(os.listdir("/proc/self/task")) > 1:
         raise SystemExit("this process has threads and cannot be forked: start it with OMP_NUM_THREADS=1")
 

@@ -33,7 +33,7 @@ TRAINER = (
     "--data.workers=0",
     "--batch.policy=fixed",
     f"--train.epochs={EPOCHS}",
-    "--run.report_every=0",
+    "--run.report_every=null",
 )
 PATIENCE = 600
 """Seconds after which a run counts as hanging."""

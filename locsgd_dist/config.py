@@ -148,6 +148,9 @@ def _check_files(config: Config) -> None:
 
 
 def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Config:
+    for section in fields(Config):
+        if not isinstance(namespace[section.name], Namespace):
+            raise ConfigError(f"{section.name} must be a mapping of its keys, got {namespace[section.name]!r}")
     tree = parser.instantiate(namespace)
     return Config(**{section.name: tree[section.name] for section in fields(Config)})
 
@@ -193,7 +196,8 @@ def _one_line(message: str) -> str:
     if match := re.match(r'Parser key "([\w.]+)":\s+(.*)', message, re.DOTALL):
         key, detail = match.groups()
         if key in _known_keys() and (value := re.search(r"(?:Got value|Given value): (.*)", detail)):
-            return f"{key} must be {_spoken_type(_known_keys()[key])}, got {value[1].strip()!r}"
+            got = "a mapping" if value[1].startswith("Namespace(") else repr(value[1].strip())
+            return f"{key} must be {_spoken_type(_known_keys()[key])}, got {got}"
         return f"{key}: {' '.join(detail.split())}"
     if match := re.search(r"unrecognized arguments: (\S+)", message):
         return _unknown_key(match[1].lstrip("-").partition("=")[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv)
         check_config(config)
+        # Collections, of which each measurement has one, then pass over all that was imported: it stays anyway.
+        gc.freeze()
         # What only the built network can tell (a boundary beyond its layers, weights that do not fit) is still an
         # error of the configuration: nothing has been trained yet.
         trainer = Trainer(config)
@@ -44,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"locsgd: asked to leave, saved at {preempted}; the next start goes on there", file=sys.stderr)
         return 0
     if environment_rank() == 0:
-        print(f"run: {trainer.directory.path}  report: {trainer.directory.report}")
+        report = "" if config.run.report_every is None else f"  report: {trainer.directory.report}"
+        print(f"run: {trainer.directory.path}{report}")
     return 0
 
 

@@ -37,7 +37,7 @@ from locsgd_dist.localized import (
 )
 from locsgd_dist.localized.selection import ScheduledSelector, Selector
 from locsgd_dist.memory import FootprintMonitor
-from locsgd_dist.models import build_model, network_size
+from locsgd_dist.models import build_model, network_size, to_channels_last
 from locsgd_dist.optimization import RegionOptimizer, averaged_model, lr_at
 from locsgd_dist.progress import Progress
 from locsgd_dist.recording import Recorder, RunDirectory
@@ -88,7 +88,7 @@ class Trainer:
         refuse_synchronised_norms(model, self.runtime.world_size)
         self.model = with_droppable_blocks(model, config.stochastic_depth).to(device)
         if config.train.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            to_channels_last(self.model, device)
         self.ema = averaged_model(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
         self.example_input = torch.zeros(1, *self.data.input_shape, device=device)
         self.learner = LocalizedLearner(

@@ -11,8 +11,9 @@ from locsgd_dist.baselines.baseline import Baseline
 from locsgd_dist.baselines.pruning import Pruning
 from locsgd_dist.baselines.stochastic_depth import StochasticDepth, droppable_blocks, fold_survival
 from locsgd_dist.baselines.surgery import adopt_shapes
-from locsgd_dist.distributed import Runtime
+from locsgd_dist.distributed import Runtime, resolve_device
 from locsgd_dist.localized.layers import LayerMap
+from locsgd_dist.models.memory_format import MIN_CHANNELS
 
 if TYPE_CHECKING:
     from locsgd_dist.config import Config
@@ -27,6 +28,12 @@ def check_baselines(config: Config) -> None:
     drops, prunes = config.stochastic_depth.survival < 1, config.pruning.every_epochs > 0
     if drops and prunes:
         raise ValueError("stochastic_depth.survival < 1 and pruning.every_epochs > 0 exclude each other")
+    on_cpu = config.train.channels_last and resolve_device(config.train.device).type == "cpu"
+    if prunes and on_cpu and config.pruning.min_channels < MIN_CHANNELS:
+        raise ValueError(
+            f"pruning.min_channels must be >= {MIN_CHANNELS} with train.channels_last=true on the CPU, "
+            f"got {config.pruning.min_channels}"
+        )
     if drops and config.train.compile:
         raise ValueError(
             "stochastic_depth.survival < 1 needs train.compile=false: every pattern of skipped blocks would be compiled"

@@ -56,7 +56,8 @@ def check_resume(
             f"run.dir: {run_dir} holds a run with another configuration ({', '.join(changed[:5])}); "
             "choose another run.dir, or run.resume=never to move that run aside"
         )
-    if position_of(paths[-1]).epochs >= epochs:
+    # A rank that dies behind the last checkpoint has torchrun start all anew: they only have the end left to do.
+    if position_of(paths[-1]).epochs >= epochs and not was_restarted():
         raise ValueError(
             f"run.dir: {run_dir} holds a finished run of {epochs} epochs; "
             "choose another run.dir, or run.resume=never to move it aside and start afresh"

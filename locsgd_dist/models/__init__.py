@@ -3,6 +3,7 @@
 from .cifar import resnet18, vgg13
 from .config import ModelConfig
 from .factory import build_model, check_model
+from .memory_format import to_channels_last
 from .size import network_size
 
-__all__ = ["ModelConfig", "build_model", "check_model", "network_size", "resnet18", "vgg13"]
+__all__ = ["ModelConfig", "build_model", "check_model", "network_size", "resnet18", "to_channels_last", "vgg13"]

@@ -5,6 +5,7 @@ Not in conftest.py: a spawned process imports this module by its name, and there
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import queue
@@ -97,6 +98,10 @@ def _serve(rank: int, world_size: int, port: int, calls: Any, results: Any) -> N
     import torch
     import torch.distributed as dist
 
+    import locsgd_dist.trainer  # noqa: F401  what nearly every test imports
+
+    # Collections, of which each shift has one, then pass over the modules.
+    gc.freeze()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     results.put((rank, True, "ready"))

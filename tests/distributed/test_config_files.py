@@ -107,7 +107,9 @@ def test_a_benchmark_takes_two_steps_on_two_ranks(name: str, photographs: Path, 
 def test_an_overlay_takes_two_steps_with_layers_localized(name: str, two_ranks: Any, tmp_path: Path):
     run = tmp_path / "run"
     arguments = ["--config", "cifar10/resnet18", "--config", name]
-    arguments += ["--data.name=small_images:SmallImages", "--data.train_samples=null", "--model.width=4"]
+    arguments += ["--data.name=small_images:SmallImages", "--data.train_samples=null"]
+    # Narrower than 8 channels, torch 2.14's channels-last convolutions on the CPU write beyond their memory.
+    arguments += ["--model.width=8"]
     # The selection of a short run would not move: half of the layers are localized from the start.
     fixed = ["--selection.kind=fixed", "--selection.boundary=10"]
     assert parse_config(arguments).localized.rule == RULES.get(name, "hebbian")
@@ -115,9 +117,11 @@ def test_an_overlay_takes_two_steps_with_layers_localized(name: str, two_ranks: 
     is_localized = parse_config(arguments).localized.rule != "none"
     assert record["boundary"] == (10 if is_localized else 0)
     moved = np.asarray(record["layer_update_norm"]) > 0
-    updates = RULES.get(name, "hebbian") != "frozen"
-    assert moved[10:].all()
-    assert (moved[:10] == updates).all() or name == "strategies/stochastic_depth"
+    if name == "strategies/stochastic_depth":
+        assert moved[[0, -1]].all()  # what lies between them may have been skipped in both steps
+    else:
+        assert moved[10:].all()
+        assert (moved[:10] == (RULES.get(name, "hebbian") != "frozen")).all()
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ FLAGS = [
     "--batch.max_per_gpu=8",
     "--batch.lr_ramp_epochs=1.7",
     "--run.console=quiet",
-    "--run.report_every=0",
+    "--run.report_every=null",
     "--monitor.trace_hz=0",
 ]
 CASES = {

@@ -28,7 +28,7 @@ FLAGS = [
     "--optim.lr=0.1",
     "--optim.ema_decay=0.9",
     "--run.console=quiet",
-    "--run.report_every=0",
+    "--run.report_every=null",
     "--monitor.trace_hz=0",
 ]
 #: A threshold at which a few dozen steps suffice for channels to die.

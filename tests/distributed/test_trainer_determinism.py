@@ -37,7 +37,7 @@ FLAGS = (
     "--replicas.mode=sharded",
     "--replicas.every=4",
     "--run.console=quiet",
-    "--run.report_every=0",
+    "--run.report_every=null",
 )
 
 

@@ -20,7 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def launch(tmp_path: Path) -> Launch:
     """``launch(*arguments, nproc=2)`` runs the trainer under torchrun in ``tmp_path`` and returns the finished process.
 
-    ``nproc=0`` runs ``python -m locsgd_dist.train`` without torchrun.
+    ``nproc=0`` runs ``python -m locsgd_dist.train`` without torchrun. Drawing a report takes longer than such a run:
+    there is none.
     """
 
     def run(
@@ -30,7 +31,7 @@ def launch(tmp_path: Path) -> Launch:
         if nproc:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
             command += [f"--max-restarts={max_restarts}"]
-        command += ["-m", "locsgd_dist.train", *arguments]
+        command += ["-m", "locsgd_dist.train", *arguments, "--run.report_every=null"]
         return subprocess.run(
             command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
         )

@@ -172,6 +172,15 @@ def test_a_finished_run_and_another_configuration_are_refused(tmp_path):
     check_resume(tmp_path / "r", "never", 3, CONFIG)
 
 
+def test_a_finished_run_whose_ranks_torchrun_started_anew_may_end(tmp_path, monkeypatch):
+    # A rank was killed between the last checkpoint and its exit.
+    started_run(tmp_path / "r", 3)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    check_resume(tmp_path / "r", "auto", 3, CONFIG)
+    with pytest.raises(ValueError, match=r"another configuration \(optim\.lr\)"):
+        check_resume(tmp_path / "r", "auto", 3, CONFIG | {"optim": {"lr": 0.2}})
+
+
 def test_changed_keys_are_named_whichever_side_has_them():
     a = {"x": {"a": 1, "b": 2}, "y": {"c": 3}}
     b = {"x": {"a": 1, "b": 5}, "z": {"d": 4}}

@@ -36,7 +36,7 @@ def test_a_run_that_cannot_save_goes_on_and_says_so(tmp_path: Path) -> None:
         "--train.epochs=2",
         "--train.device=cpu",
         "--run.console=quiet",
-        "--run.report_every=0",
+        "--run.report_every=null",
         f"--run.dir={tmp_path}",
     ]
     with files_of_at_most(50_000), Trainer(parse_config(["--config", "quickstart", *flags])) as trainer:

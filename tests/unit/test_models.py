@@ -8,7 +8,7 @@ import torch
 import torchvision.models
 from torch import Tensor, nn
 
-from locsgd_dist.models import ModelConfig, build_model, resnet18, vgg13
+from locsgd_dist.models import ModelConfig, build_model, resnet18, to_channels_last, vgg13
 
 
 def layers_in_execution_order(model: nn.Module, images: Tensor) -> list[tuple[nn.Module, int, int]]:
@@ -143,3 +143,12 @@ def test_initialisation_is_he_by_fan_out(factory: Callable[..., nn.Module]) -> N
             fan_out = module.out_channels * module.kernel_size[0] ** 2
             # The sample deviation of n normal draws has a relative error of 1/sqrt(2n): 2.2 % at n = 1000.
             assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+
+
+def test_channels_last_is_refused_where_torch_corrupts_memory() -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match=r"train\.channels_last=true needs .* at least 8 channels .* conv1 has 4"):
+        to_channels_last(build_model(ModelConfig(name="resnet18", width=4), 10), cpu)
+    model = build_model(ModelConfig(name="resnet18", width=8), 10)
+    to_channels_last(model, cpu)
+    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)

@@ -91,7 +91,7 @@ def test_the_rivals_share_all_but_the_strategy_with_plain_sgd(plans: dict[str, P
         variants = {v.name: v for v in plans[name].variants}
         for variant in variants.values():
             own, baseline = variant.config, variants[variant.baseline or ""].config
-            if variant.strategy not in ("sgd-18", "sgd-16"):
+            if variant.strategy not in ("sgd-18", "sgd-16", "sgd-14"):
                 assert own.train == baseline.train, variant.name
             assert (own.model, own.data, own.optim, own.batch) == (
                 baseline.model,
@@ -104,7 +104,7 @@ def test_the_rivals_share_all_but_the_strategy_with_plain_sgd(plans: dict[str, P
 def test_strategies_are_what_their_names_say(plans: dict[str, Plan]):
     by_name = {v.name: v.config for v in plans["table2-small"].variants}
     rules = {name: config.localized.rule for name, config in by_name.items()}
-    plain = {"sgd", "sgd-18", "sgd-16", "sgd-short", "stochastic-depth", "pruning"}
+    plain = {"sgd", "sgd-18", "sgd-16", "sgd-14", "sgd-short", "stochastic-depth", "pruning"}
     assert {name for name, rule in rules.items() if rule == "none"} == plain
     assert (rules["random"], rules["anti-hebbian"]) == ("random", "anti_hebbian")
     assert rules["local-dynamic"] == rules["local-static"] == "hebbian"
