@@ -3,8 +3,8 @@ that nothing happened to.
 
     OMP_NUM_THREADS=1 python benchmarks/soak.py --kills 100 --json benchmarks/results/soak.json
 
-In each run up to four starts are cut off, each by the kill of a random rank at a random moment between the fork of the
-ranks and the time after which an uninterrupted run was over: some fall into starting up, some into saving, some into
+In each run up to eight starts are cut off, each by the kill of a random rank at a random moment between the fork of the
+ranks and the time after which they would have come to the end: some fall into starting up, some into saving, some into
 the end. A kill that finds its rank gone already does not count.
 """
 
@@ -24,13 +24,13 @@ from fault_strikes import Strike, install
 from measuring import write_json
 from rank_agent import Rank, import_all, launch
 from reliability import steps_of, uninterrupted
-from small_run import equal, flags_for, lost_and_repeated, result_of, without_footprint
+from small_run import EPOCHS, equal, flags_for, lost_and_repeated, result_of, without_footprint
 
 from locsgd_dist.recording import RunDirectory
 
 RANKS = (2, 2, 2, 1, 4)
 """Of one run after the other."""
-KILLS_PER_RUN = 4
+KILLS_PER_RUN = 8
 
 
 def main() -> int:
@@ -79,7 +79,10 @@ def one_run(
     launches, kills = [], []
     is_over = False
     while not is_over:
-        kill = (draw.uniform(0, seconds), draw.randrange(ranks)) if len(kills) < most else None
+        # Starting up takes about a third of a whole run.
+        left = 1 - len(directory.load_metrics()) / EPOCHS
+        until = seconds * (1 + 2 * left) / 3
+        kill = (draw.uniform(0, until), draw.randrange(ranks)) if len(kills) < most else None
         attempt = len(launches)
         done = launch(flags, ranks=ranks, log=log, attempt=attempt, restarts=attempt, prepare=prepare, kill=kill)
         launches.append(done)

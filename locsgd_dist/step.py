@@ -26,7 +26,7 @@ class TrainConfig:
     evaluate_every: int = 1
     """Epochs between two evaluations; the last epoch is always evaluated; >= 1."""
     seed: int = 0
-    """Seed of initial weights, sample order, augmentation and drawn rules; >= 0."""
+    """Seed of initial weights, sample order, augmentation and drawn rules; >= 0, below 2^32."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes this rank's GPU where there is one, else the CPU."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -44,8 +44,8 @@ class TrainConfig:
         for key in ("epochs", "evaluate_every", "gradient_accumulation"):
             if getattr(self, key) < 1:
                 raise ValueError(f"train.{key} must be >= 1, got {getattr(self, key)}")
-        if self.seed < 0:
-            raise ValueError(f"train.seed must be >= 0, got {self.seed}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"train.seed must be >= 0 and below 2^32, got {self.seed}")
 
 
 class Tally:

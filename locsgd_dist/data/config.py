@@ -64,7 +64,7 @@ class DataConfig:
     """Images per rank and step of an evaluation (null: 256 up to 64 pixels, else the training batch)."""
 
     subset_seed: int = 0
-    """Seed of the data.train_samples subset; apart from train.seed, so that seeds compare on one subset."""
+    """Seed of the data.train_samples subset; apart from train.seed, so that seeds compare on one subset; >= 0."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of a package.module:factory."""
@@ -83,6 +83,8 @@ class DataConfig:
             value = getattr(self, key)
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"data.{key} must be 0 (off) or positive and finite, got {value}")
+        if self.subset_seed < 0:
+            raise ValueError(f"data.subset_seed must be at least 0, got {self.subset_seed}")
         if self.workers < -1:
             raise ValueError(f"data.workers must be -1 (sized to the machine) or at least 0, got {self.workers}")
         if self.kwargs and ":" not in self.name:

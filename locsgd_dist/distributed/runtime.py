@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 _WATCHDOG_GRACE = timedelta(minutes=1)
 _ROLL_CALL = timedelta(seconds=20)
+_A_YEAR_IN_MINUTES = 366 * 24 * 60
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class DistributedConfig:
     """bf16 sends gradients in half the bytes."""
 
     def __post_init__(self) -> None:
-        if not self.timeout_minutes > 0:
-            raise ValueError(f"distributed.timeout_minutes must be > 0, got {self.timeout_minutes}")
+        if not 0 < self.timeout_minutes <= _A_YEAR_IN_MINUTES:
+            raise ValueError(f"distributed.timeout_minutes must be > 0 and at most a year, got {self.timeout_minutes}")
 
 
 def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
