@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from rank_pool import free_ports, world_of_its_own
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -114,15 +113,10 @@ def train_on_rank(ports: list[int], flags: list[str], options: dict[str, Any], o
     Args:
         only_rank: the one rank for which ``signal_after`` holds; None: all.
     """
-    dist.destroy_process_group()
-    os.environ["MASTER_PORT"] = str(ports[0])
     if only_rank is not None and int(os.environ["RANK"]) != only_rank:
         options = {**options, "signal_after": None}
-    try:
+    with world_of_its_own(ports):
         return train(flags, **options)
-    finally:
-        os.environ["MASTER_PORT"] = str(ports[1])
-        dist.init_process_group("gloo")
 
 
 def run(pool: Any, flags: list[str], *, only_rank: int | None = None, **options: Any) -> list[Outcome]:
@@ -130,16 +124,6 @@ def run(pool: Any, flags: list[str], *, only_rank: int | None = None, **options:
     if pool is None:
         return [train(flags, **options)]
     return pool.run(train_on_rank, free_ports(2), flags, options, only_rank)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for probe in sockets:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in sockets]
-    for probe in sockets:
-        probe.close()
-    return ports
 
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:

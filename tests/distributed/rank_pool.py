@@ -9,10 +9,12 @@ import gc
 import multiprocessing as mp
 import os
 import queue
+import random
 import socket
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -56,9 +58,7 @@ class RankPool:
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         self._results = context.Queue()
         self._calls = [context.Queue() for _ in range(self.world_size)]
         self._processes = [
@@ -75,6 +75,30 @@ class RankPool:
             process.kill()
             process.join()
         self._processes = []
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, below those that the system hands to outgoing connections of other processes."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as probe:
+            if port not in found and probe.connect_ex(("127.0.0.1", port)) != 0:
+                found.append(port)
+    return found
+
+
+@contextmanager
+def world_of_its_own(ports: list[int]) -> Iterator[None]:
+    """On a rank: inside, the process group is the caller's to make and to close, at ``ports[0]``; then the pool's is
+    put back at ``ports[1]``. Not after an error, which ends the pool: other ranks might never come to meet this one."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(ports[0])
+    yield
+    os.environ["MASTER_PORT"] = str(ports[1])
+    dist.init_process_group("gloo")
 
 
 def _leave_with_parent() -> None:

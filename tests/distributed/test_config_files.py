@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 from PIL import Image
-from test_trainer_determinism import free_ports
+from rank_pool import free_ports, world_of_its_own
 
 from locsgd_dist.config import packaged_configs, parse_config
 from locsgd_dist.recording import RunDirectory
@@ -67,18 +65,12 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(ports: list[int], arguments: list[str]) -> tuple[str, int]:
     """Trains in a world of its own, then puts the pool's back; the weights' digest, and the layers."""
-    dist.destroy_process_group()
-    os.environ["MASTER_PORT"] = str(ports[0])
-    try:
-        with Trainer(parse_config(arguments)) as trainer:
-            trainer.fit()
-            digest = hashlib.sha256()
-            for parameter in trainer.model.parameters():
-                digest.update(parameter.detach().numpy().tobytes())
-            return digest.hexdigest(), len(trainer.learner.layers)
-    finally:
-        os.environ["MASTER_PORT"] = str(ports[1])
-        dist.init_process_group("gloo")
+    with world_of_its_own(ports), Trainer(parse_config(arguments)) as trainer:
+        trainer.fit()
+        digest = hashlib.sha256()
+        for parameter in trainer.model.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
+        return digest.hexdigest(), len(trainer.learner.layers)
 
 
 def two_steps(two_ranks: Any, arguments: list[str], run: Path) -> tuple[int, dict[str, Any]]:

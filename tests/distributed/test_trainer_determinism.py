@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import socket
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from plain_reference import Weights, assert_bit_equal
+from rank_pool import free_ports, world_of_its_own
 
 from locsgd_dist.checkpoint import CheckpointStore, load_state
 from locsgd_dist.config import parse_config
@@ -43,9 +41,7 @@ FLAGS = (
 
 def train(ports: list[int], run_dir: str) -> list[dict[str, Any]]:
     """Trains in a world of its own (the trainer makes and closes one), then puts the pool's back."""
-    dist.destroy_process_group()
-    os.environ["MASTER_PORT"] = str(ports[0])
-    try:
+    with world_of_its_own(ports):
         # A process that has drawn random numbers before must not differ from one that has not.
         random.seed(ports[0])
         torch.manual_seed(ports[0])
@@ -54,19 +50,6 @@ def train(ports: list[int], run_dir: str) -> list[dict[str, Any]]:
             return [
                 {name: value.numpy().copy() for name, value in model.state_dict().items()} for model in (t.model, t.ema)
             ]
-    finally:
-        os.environ["MASTER_PORT"] = str(ports[1])
-        dist.init_process_group("gloo")
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for probe in sockets:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in sockets]
-    for probe in sockets:
-        probe.close()
-    return ports
 
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,9 @@ CONFIGURATION = """\
 ClusterName=virtual
 SlurmctldHost=node1
 SlurmUser=root
-AuthInfo=socket={folder}/munge/socket,cred_expire=5
+AuthInfo=socket={folder}/munge/socket,cred_expire=20
+MessageTimeout=90
+BatchStartTimeout=120
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
