@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--until", type=float, default=1.0, help="latest kill, as a share of an undisturbed run's time")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     draw = random.Random(options.seed)
@@ -52,7 +53,7 @@ def main() -> int:
         undisturbed = one_run(Path(folder) / "undisturbed", options.ranks, None)
         print(f"undisturbed: {undisturbed['seconds']:.0f} s, exit code {undisturbed['exit_code']}", flush=True)
         for number in range(1, options.kills + 1):
-            kill = (draw.uniform(0, undisturbed["seconds_of_ranks"]), draw.randrange(options.ranks))
+            kill = (draw.uniform(0, options.until * undisturbed["seconds_of_ranks"]), draw.randrange(options.ranks))
             result = one_run(Path(folder) / str(number), options.ranks, kill)
             results.append(result)
             print(
