@@ -110,9 +110,10 @@ def wait_for_ranks(process: subprocess.Popen[bytes], ranks: int) -> list[int]:
     """Process ids of torchrun's ranks, in order, as soon as they are there."""
     while process.poll() is None:
         for torchrun in children(process.pid):
-            workers = [pid for pid in children(torchrun) if b"locsgd_dist.train" in command_line(pid)]
-            if len(workers) == ranks:
-                return sorted(workers, key=rank_of)
+            # A child that has not become a rank yet still has torchrun's command line and environment.
+            by_rank = {rank_of(pid): pid for pid in children(torchrun) if b"locsgd_dist.train" in command_line(pid)}
+            if sorted(rank for rank in by_rank if rank is not None) == list(range(ranks)):
+                return [by_rank[rank] for rank in range(ranks)]
         time.sleep(0.05)
     raise RuntimeError("the run was over before its ranks were seen")
 
@@ -131,9 +132,12 @@ def command_line(pid: int) -> bytes:
         return b""
 
 
-def rank_of(pid: int) -> int:
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next(int(variable[5:]) for variable in variables if variable.startswith(b"RANK="))
+def rank_of(pid: int) -> int | None:
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((int(variable[5:]) for variable in variables if variable.startswith(b"RANK=")), None)
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
