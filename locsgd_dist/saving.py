@@ -47,6 +47,7 @@ class Checkpointer:
         self._agreed = DelayedMax(self._runtime)
         self._last_save = time.monotonic()
         self._has_asked = False
+        self._owes_save = False
         self._saving = (0, 0)
 
     def restore(self, resume: str) -> bool:
@@ -84,12 +85,12 @@ class Checkpointer:
         """
         asked = self._listen()
         every = self._config.every_steps
-        if asked == _SAVE or (every is not None and self._progress.num_steps % every == 0):
+        if asked == _SAVE or self._owes_save or (every is not None and self._progress.num_steps % every == 0):
             self.save()
 
     def between_batches(self) -> None:
-        """In an evaluation: leaves if asked to (see :meth:`after_step`)."""
-        self._listen()
+        """In an evaluation: leaves if asked to (see :meth:`after_step`). A save waits for the next step's edge."""
+        self._owes_save |= self._listen() == _SAVE
 
     def at_epoch_end(self, metrics: dict[str, Any], *, is_last: bool) -> None:
         """After everything that happens at an epoch's edge; ``metrics`` is the record of the epoch that ended."""
@@ -104,7 +105,7 @@ class Checkpointer:
         """Copies the run's state, which all ranks wait for, and starts to write it, which nobody does."""
         state = self._state.capture()
         self._last_save = time.monotonic()
-        self._has_asked = False
+        self._has_asked = self._owes_save = False
         if state is None:
             return
         self._report(self.store.wait())
