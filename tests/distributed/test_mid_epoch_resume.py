@@ -131,3 +131,13 @@ def test_another_number_of_ranks_takes_over_inside_an_epoch(
     assert [epoch["world_size"] for epoch in recorded] == [1, 1]
     resumes = [event for event in RunDirectory(tmp_path).load_events() if event["type"] == "resume"]
     assert [(e["world_size_before"], e["world_size"]) for e in resumes] == [(4, 2), (2, 1)]
+
+
+def test_a_save_that_falls_into_an_evaluation_is_made_up_for(tmp_path: Path) -> None:
+    """Timed saves are due all the time here, so also in evaluations, and no end of an epoch but the first leaves one."""
+    flags = ["--optim.lr=1e-12", "--optim.ema_decay=0", "--localized.rule=none", "--checkpoint.every_epochs=100"]
+    run_dir = tmp_path / "run"
+    run(None, [*FLAGS, *flags, "--checkpoint.every_minutes=1e-9", "--checkpoint.keep=1000", f"--run.dir={run_dir}"])
+    saved = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    for epoch in range(4):
+        assert any(name.startswith(f"epoch-{epoch:04d}-sample-") for name in saved), epoch
