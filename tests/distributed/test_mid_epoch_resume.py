@@ -134,7 +134,7 @@ def test_another_number_of_ranks_takes_over_inside_an_epoch(
 
 
 def test_a_save_that_falls_into_an_evaluation_is_made_up_for(tmp_path: Path) -> None:
-    """Timed saves are due all the time here, so also in evaluations, and no end of an epoch but the first leaves one."""
+    """Timed saves are due all the time here, so also in evaluations; the ends of later epochs leave none."""
     flags = ["--optim.lr=1e-12", "--optim.ema_decay=0", "--localized.rule=none", "--checkpoint.every_epochs=100"]
     run_dir = tmp_path / "run"
     run(None, [*FLAGS, *flags, "--checkpoint.every_minutes=1e-9", "--checkpoint.keep=1000", f"--run.dir={run_dir}"])
