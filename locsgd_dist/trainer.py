@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,9 +26,9 @@ from locsgd_dist.distributed import (
     refuse_synchronised_norms,
     resolve_device,
 )
+from locsgd_dist.epoch_record import EpochRecords
 from locsgd_dist.faults import StepGuard, StopSignals, naming_silent_ranks
 from locsgd_dist.localized import (
-    EpochDiagnostics,
     LocalizedLearner,
     WeakSupervision,
     WeightTrace,
@@ -68,7 +67,7 @@ class Trainer:
         self.runtime = self._closing(Runtime(device, config.distributed))
         if config.run.resume == "never" and not was_restarted():
             if self.runtime.is_main:
-                move_aside(self.directory.path)
+                self.directory.move_aside()
             self.runtime.barrier()
         self.monitor.start_trace(self.directory.memory, self.runtime.rank)
         self.data = self._closing(
@@ -144,7 +143,6 @@ class Trainer:
         )
         if config.train.compile:
             self.model.compile()
-        self.plain_gradient_bytes = sum(p.numel() * p.element_size() for p in self.optimizer.parameters)
         self.recorder = self._closing(
             Recorder.open(self.directory.path, config.run, rank=self.runtime.rank, config_yaml=config.to_yaml())
         )
@@ -160,6 +158,17 @@ class Trainer:
             block_size=self.learner.layers.block_size,
         )
         self.progress = Progress(device)
+        self.records = EpochRecords(
+            config,
+            runtime=self.runtime,
+            data=self.data,
+            learner=self.learner,
+            progress=self.progress,
+            guard=self.guard,
+            monitor=self.monitor,
+            traffic=self.traffic,
+            plain_gradient_bytes=sum(p.numel() * p.element_size() for p in self.optimizer.parameters),
+        )
         self.checkpoints = self._closing(
             Checkpointer(
                 config.checkpoint,
@@ -200,12 +209,12 @@ class Trainer:
         trained: dict[str, Any] | None = progress.record
         if trained is None:
             with self.batching.leaving_on_out_of_memory(progress.epoch):
-                trained = self._train_epoch()
+                self._train_epoch()
+            trained = self.records.of_training() | self.size
             self._pool(with_average=is_evaluated)
             change = self.trace.end()
             self._prune()
-            trained |= self._record_of(change, trained["sum_of_lr"])
-            progress.record = trained
+            progress.record = trained = trained | self.records.of_state(change)
         metrics = trained | (self._validate() if is_evaluated else UNEVALUATED)
         progress.end_epoch()
         self._decide(metrics)
@@ -215,8 +224,8 @@ class Trainer:
         self.checkpoints.at_epoch_end(metrics, is_last=is_last)
         return metrics
 
-    def _train_epoch(self) -> dict[str, Any]:
-        """One pass over the training set, or what is left of it; returns its part of the epoch's record."""
+    def _train_epoch(self) -> None:
+        """One pass over the training set, or what is left of it."""
         config, progress = self.config, self.progress
         if not progress.is_under_way:
             self.learner.sign = self.supervision.sign
@@ -240,23 +249,6 @@ class Trainer:
             self._report_bad_steps(self.guard.check())
             self.checkpoints.after_step()
         self._report_bad_steps(self.guard.finish_epoch())
-        loss, correct, samples = self.runtime.sum(progress.tally.sums())
-        seconds, cpu_seconds = self.runtime.max([progress.seconds, progress.cpu_seconds])
-        return {
-            "epoch": progress.epoch,
-            "samples_seen": progress.samples_seen,
-            "lr": progress.lr,
-            "sum_of_lr": progress.sum_of_lr,
-            "num_steps": progress.steps,
-            "num_refresh_steps": progress.num_refreshes,
-            "skipped_steps": self.guard.num_skipped,
-            "train_loss": loss / max(1.0, samples),
-            "train_top1": correct / max(1.0, samples),
-            "seconds": seconds,
-            "cpu_seconds": cpu_seconds,
-            "images_per_second": samples / seconds,
-            **self.size,
-        }
 
     def _measured(self) -> AbstractContextManager[None]:
         """Around a step: measures its memory, if it is one that needs as much as any of the epoch."""
@@ -361,39 +353,6 @@ class Trainer:
                 message=f"frozen in the localized region, since no localized rule applies: {', '.join(held)}",
             )
 
-    def _record_of(self, change: EpochDiagnostics, sum_of_lr: float) -> dict[str, Any]:
-        """The part of an epoch's record that describes its state, memory and traffic."""
-        traffic = self.traffic.take()
-        footprint = self.monitor.footprint()
-        boundary = self.learner.boundary
-        world_size, per_gpu = self.runtime.world_size, self.data.train.per_gpu_batch
-        batches_per_step = world_size * self.config.train.gradient_accumulation
-        plain_steps = -(-self.data.num_train // (batches_per_step * self.config.batch.per_gpu))
-        update_norm = change.update_norm[min(boundary, len(change.update_norm) - 1)]
-        return {
-            "boundary": boundary,
-            "num_layers": len(self.learner.layers),
-            "per_gpu_batch": per_gpu,
-            "global_batch": per_gpu * batches_per_step,
-            "world_size": world_size,
-            "local_lr": self.learner.lr,
-            "sign": self.learner.sign,
-            "transition_update_norm": update_norm,
-            "transition_update_norm_per_lr": update_norm / sum_of_lr if sum_of_lr > 0 else None,
-            "footprint_bytes": int(self.runtime.max([footprint.bytes])[0]),
-            "footprint_source": footprint.source,
-            "grad_all_reduce_bytes": traffic.gradient_bytes,
-            "grad_all_reduce_count": traffic.gradient_collectives,
-            "replica_sync_bytes": traffic.replica_bytes,
-            "replica_sync_count": traffic.replica_collectives,
-            "plain_ddp_bytes": self.plain_gradient_bytes * plain_steps if world_size > 1 else 0,
-            "layer_names": [layer.name for layer in self.learner.layers],
-            "layer_norm": change.norm,
-            "layer_drift": change.drift,
-            "layer_update_norm": change.update_norm,
-            "layer_effective_rank": change.effective_rank,
-        }
-
     def _show_progress(self) -> None:
         if not self.recorder.step_due:
             return
@@ -456,9 +415,3 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def move_aside(path: Path) -> None:
-    """Renames a run directory that holds something to ``NAME.old-K``: starting afresh loses nothing."""
-    if path.is_dir() and any(path.iterdir()):
-        path.rename(next(p for k in itertools.count(1) if not (p := path.with_name(f"{path.name}.old-{k}")).exists()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -32,6 +33,13 @@ class RunDirectory:
         self.plots = self.path / "plots"
         self.tensorboard = self.path / "tensorboard"
         self.preempted = self.path / "preempted"
+
+    def move_aside(self) -> None:
+        """Renames a directory that holds something to ``NAME.old-K``: starting afresh loses nothing."""
+        path = self.path
+        if path.is_dir() and any(path.iterdir()):
+            free = (path.with_name(f"{path.name}.old-{k}") for k in itertools.count(1))
+            path.rename(next(other for other in free if not other.exists()))
 
     def load_config(self) -> Record:
         """The merged configuration as nested dictionaries; empty if the file is missing or no mapping."""
