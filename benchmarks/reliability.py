@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from fault_strikes import MOMENTS, Strike, install
-from measuring import write_json
+from measuring import command_line, write_json
 from rank_agent import Launch, Rank, import_all, launch
 from small_run import (
     EPOCHS,
@@ -98,6 +98,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 1, 4])
     parser.add_argument("--moments", nargs="+", default=list(MOMENTS))
     parser.add_argument("--faults", nargs="+", default=[fault.name for fault in FAULTS])
+    parser.add_argument("--cells", nargs="+", metavar="FAULT@MOMENT", help="these alone, on each number of ranks")
     parser.add_argument("--minutes", type=float, help="start no further cell after this long")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--doc", type=Path, help="file whose part between <!-- matrix --> marks is written anew")
@@ -112,18 +113,20 @@ def main() -> int:
         folder = Path(name)
         import_all(flags_for(1, folder / "unused")[:-1])
         for ranks in options.ranks:
-            references = {
-                not_finite: uninterrupted(folder / f"whole-{ranks}-{not_finite}", ranks, not_finite)
-                for not_finite in (False, True)
-            }
+            references: dict[bool, dict[str, Any]] = {}
             for fault in FAULTS:
                 for moment in MOMENTS:
                     if fault.name not in options.faults or moment not in options.moments:
+                        continue
+                    if options.cells is not None and f"{fault.name}@{moment}" not in options.cells:
                         continue
                     if fault.newest != "whole" and moment == "first step":
                         continue  # there is no checkpoint yet
                     if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
                         break
+                    if fault.not_finite not in references:
+                        whole = folder / f"whole-{ranks}-{fault.not_finite}"
+                        references[fault.not_finite] = uninterrupted(whole, ranks, fault.not_finite)
                     run = folder / f"{len(cells)}"
                     cell = one_cell(run, fault, moment, ranks, references[fault.not_finite])
                     cells.append(cell)
@@ -265,6 +268,7 @@ def show(number: int, cell: Cell) -> None:
 def summary(cells: list[Cell]) -> dict[str, Any]:
     compared = [cell for cell in cells if cell.bit_equal is not None]
     return {
+        "command": command_line(),
         "cells": len(cells),
         "passed": sum(passed(cell) for cell in cells),
         "finished": sum(cell.outcome == "finished" for cell in cells),

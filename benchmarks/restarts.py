@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import command_line, write_json
 
 LOCAL = Path(__file__).parents[1] / "launch" / "local.sh"
 EPOCHS, SAMPLES = 3, 192
@@ -59,11 +60,10 @@ def main() -> int:
             print(
                 f"{number:3d}  rank {result['killed_rank']} killed after {result['killed_after']:5.1f} s "
                 f"({result['epochs_recorded_at_kill']} epochs recorded)  {'passed' if result['passed'] else 'FAILED'}, "
-                f"{result['seconds']:.0f} s",
+                f"{result['restarts']} restarts, {result['resumes']} resumes, {result['seconds']:.0f} s",
                 flush=True,
             )
-            if options.json is not None:
-                write(options.json, options, undisturbed, results)
+            write_json(options.json, summary(options, undisturbed, results))
     failed = sum(not result["passed"] for result in results)
     print(f"{len(results) - failed} of {len(results)} runs with a killed rank finished")
     return 1 if failed else 0
@@ -90,18 +90,14 @@ def one_run(run_dir: Path, ranks: int, kill: tuple[float, int] | None) -> dict[s
                 os.kill(workers[rank], signal.SIGKILL)
             except ProcessLookupError:
                 result["too_late"] = True
-        try:
-            code: int | None = process.wait(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            code = None
-            process.terminate()
-            process.wait()
+        code, result["restarts"] = wait_for_end(process)
     end = time.monotonic()
     records = read_records(run_dir)
     counted = [(record["epoch"], record["samples_seen"]) for record in records]
     passed = code == 0 and counted == [(epoch, (epoch + 1) * SAMPLES) for epoch in range(EPOCHS)]
     if not passed:
         result["log"] = log.read_text(errors="replace")[-3000:]
+    result["resumes"] = sum(event["type"] == "resume" for event in read_lines(run_dir / "events.jsonl"))
     result |= {"exit_code": code, "passed": passed, "seconds": round(end - start, 1)}
     return result | {"seconds_of_ranks": round(end - ranks_start, 1)}
 
@@ -111,11 +107,25 @@ def wait_for_ranks(process: subprocess.Popen[bytes], ranks: int) -> list[int]:
     while process.poll() is None:
         for torchrun in children(process.pid):
             # A child that has not become a rank yet still has torchrun's command line and environment.
-            by_rank = {rank_of(pid): pid for pid in children(torchrun) if b"locsgd_dist.train" in command_line(pid)}
+            by_rank = {rank_of(pid): pid for pid in children(torchrun) if b"locsgd_dist.train" in command_of(pid)}
             if sorted(rank for rank in by_rank if rank is not None) == list(range(ranks)):
                 return [by_rank[rank] for rank in range(ranks)]
         time.sleep(0.05)
     raise RuntimeError("the run was over before its ranks were seen")
+
+
+def wait_for_end(process: subprocess.Popen[bytes]) -> tuple[int | None, int]:
+    """The exit code (None: ended here, since it took too long) and how often torchrun started all ranks anew."""
+    deadline, restarts = time.monotonic() + PATIENCE, 0
+    while process.poll() is None:
+        ranks = [rank for torchrun in children(process.pid) for rank in children(torchrun)]
+        restarts = max([restarts, *(int(variables(rank).get("TORCHELASTIC_RESTART_COUNT", 0)) for rank in ranks)])
+        if time.monotonic() > deadline:
+            process.terminate()
+            process.wait()
+            return None, restarts
+        time.sleep(0.2)
+    return process.returncode, restarts
 
 
 def children(pid: int) -> list[int]:
@@ -125,7 +135,7 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def command_line(pid: int) -> bytes:
+def command_of(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -133,21 +143,30 @@ def command_line(pid: int) -> bytes:
 
 
 def rank_of(pid: int) -> int | None:
+    rank = variables(pid).get("RANK")
+    return None if rank is None else int(rank)
+
+
+def variables(pid: int) -> dict[str, str]:
+    """A process's environment; empty where it is gone."""
     try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        content = Path(f"/proc/{pid}/environ").read_text(errors="replace")
     except OSError:
-        return None
-    return next((int(variable[5:]) for variable in variables if variable.startswith(b"RANK=")), None)
+        return {}
+    return dict(variable.split("=", 1) for variable in content.split("\0") if "=" in variable)
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / "metrics.jsonl"
+    return read_lines(run_dir / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def write(path: Path, options: argparse.Namespace, undisturbed: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    summary = {
+def summary(options: argparse.Namespace, undisturbed: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "command": command_line(),
         "ranks": options.ranks,
         "seed": options.seed,
         "kills": len(results),
@@ -157,7 +176,6 @@ def write(path: Path, options: argparse.Namespace, undisturbed: dict[str, Any], 
         "undisturbed": undisturbed,
         "runs": results,
     }
-    path.write_text(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from fault_strikes import Strike, install
-from measuring import write_json
+from measuring import command_line, write_json
 from rank_agent import Rank, import_all, launch
 from reliability import steps_of, uninterrupted
 from small_run import EPOCHS, equal, flags_for, lost_and_repeated, result_of, without_footprint
@@ -29,7 +29,7 @@ from small_run import EPOCHS, equal, flags_for, lost_and_repeated, result_of, wi
 from locsgd_dist.recording import RunDirectory
 
 RANKS = (2, 2, 2, 1, 4)
-"""Of one run after the other."""
+"""Of one run after the other, unless the command line says."""
 KILLS_PER_RUN = 8
 
 
@@ -37,6 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="of one run after the other")
     parser.add_argument("--minutes", type=float, help="start no further run after this long")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -47,14 +48,14 @@ def main() -> int:
         folder = Path(name)
         import_all(flags_for(1, folder / "unused")[:-1])
         references = {}
-        for ranks in sorted(set(RANKS)):
+        for ranks in sorted(set(options.ranks)):
             began = time.monotonic()
             result = uninterrupted(folder / f"whole-{ranks}", ranks, not_finite=False)
             references[ranks] = (result, time.monotonic() - began)
         while (kills := sum(len(run["kills"]) for run in runs)) < options.kills:
             if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
                 break
-            ranks = RANKS[len(runs) % len(RANKS)]
+            ranks = options.ranks[len(runs) % len(options.ranks)]
             most = min(KILLS_PER_RUN, options.kills - kills)
             run = one_run(folder / f"{len(runs)}", ranks, most, *references[ranks], draw)
             runs.append(run)
@@ -119,6 +120,7 @@ def show(before: int, run: dict[str, Any]) -> None:
 
 def summary(seed: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
+        "command": command_line(),
         "kills": sum(len(run["kills"]) for run in runs),
         "runs_made": len(runs),
         "passed": sum(run["passed"] for run in runs),

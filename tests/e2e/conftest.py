@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import Launch, environment
+from launching import REMEDY, Launch, environment
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,10 +30,17 @@ def launch(tmp_path: Path) -> Launch:
         command = [sys.executable]
         if nproc:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-            command += [f"--max-restarts={max_restarts}"]
+            # A rank that is to leave saves first; torchrun would end it after 30 s, which a busy machine may need.
+            command += [f"--max-restarts={max_restarts}", "--shutdown-timeout=120"]
         command += ["-m", "locsgd_dist.train", *arguments, "--run.report_every=null"]
         return subprocess.run(
-            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+            command,
+            cwd=tmp_path,
+            env=environment() | {REMEDY: "1"},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
 
     return run

@@ -12,14 +12,17 @@ from typing import Any
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
+# What a user has to export who starts torchrun by hand (launch/README.md); the project's own launch paths do.
+REMEDY = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
 def environment() -> dict[str, str]:
-    """A user's environment, with this folder importable (for data and model factories) and one thread per rank."""
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "PYTHONPATH": str(Path(__file__).parent),
-    }
+    """A user's environment, with this folder importable (for data and model factories) and one thread per rank.
+
+    Without the remedy for restarts: what a test launches by one of the project's paths gets it from there.
+    """
+    inherited = {key: value for key, value in os.environ.items() if key != REMEDY}
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ def test_starting_afresh_moves_the_old_run_aside(launch: Launch, tmp_path: Path)
 
 
 def test_bad_input_under_torchrun_is_said_once_and_nobody_hangs(launch: Launch, tmp_path: Path):
-    done = launch("--selection.lmax=1.4", "--run.dir=r", nproc=2, timeout=120)
+    done = launch("--selection.lmax=1.4", "--run.dir=r", nproc=2)
     assert done.returncode == 1  # torchrun's own code for a failed rank
     said = [line for line in done.stderr.splitlines() if line.startswith("locsgd: error:")]
     assert said == ["locsgd: error: selection.lmax must lie in [0, 1], got 1.4"]

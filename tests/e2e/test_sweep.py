@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 from launching import environment, events, metrics
 
@@ -19,8 +20,9 @@ SWEEP = {
     "base": ["quickstart"],
     "overrides": {
         "model.width": 2,
-        "data.train_samples": 64,
-        "data.image_size": 8,
+        "data.name": "tiny_factories:faulty_blobs",
+        "data.kwargs": {"train": 64, "val": 20, "size": 8},
+        "data.workers": 0,
         "train.epochs": 40,
         "train.evaluate_every": 40,
         "checkpoint.every_epochs": 5,
@@ -39,20 +41,33 @@ def test_an_interrupted_sweep_goes_on_and_a_done_one_starts_nothing(tmp_path: Pa
     command = [sys.executable, "-m", "locsgd_dist.cli", "sweep", str(file), "--output", str(tmp_path / "out")]
     local, freezing = (tmp_path / "out" / name / "seed-0" for name in ("local", "freezing"))
 
-    first = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
+    # Its first run waits in its 21st epoch until it is stopped.
+    patient = environment() | {"TINY_FAULTS": f"wait@{20 * 64 + 10}"}
+    said = tmp_path / "said.log"
+
+    def log() -> str:
+        return "\n".join(path.read_text()[-3000:] for path in (said, *(tmp_path / "out").rglob("*.log")))
+
+    with said.open("w") as output:
+        first = subprocess.Popen(command, env=patient, stdout=output, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 600
     while not list(local.glob("checkpoints/epoch-*.pt")):
-        assert first.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        assert first.poll() is None, log()
+        assert time.monotonic() < deadline, log()
+        time.sleep(0.1)
     first.send_signal(signal.SIGINT)
-    out, _ = first.communicate(timeout=120)
+    try:
+        first.wait(timeout=240)
+    except subprocess.TimeoutExpired:
+        first.kill()
+        pytest.fail(f"the sweep does not stop\n{log()}")
+    out = said.read_text()
     assert first.returncode == 128 + signal.SIGINT, out
     assert "the same command goes on" in out
     assert len(metrics(local)) < 40
     assert not freezing.exists()
 
-    second = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=420)
+    second = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=600)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "local/seed-0: goes on" in second.stdout
     assert len(events(local, "resume")) == 1

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from types import FrameType
+from typing import Any
 
 import torch
 import torchvision
@@ -36,25 +39,53 @@ def blobs(split: str, size: int = 32, train: int = 12, val: int = 5) -> Blobs:
 
 
 class Faulty(Blobs):
-    """Blobs that hit rank 1 while it trains, as ``TINY_FAULTS`` in the environment says.
+    """Blobs that interfere with training, as ``TINY_FAULTS`` in the environment says.
 
-    ``kill@20,term@15``: the first process is killed when it reads its 20th image; the one started in its place has
-    torchrun terminated at the 15th.
+    ``kill@20,term@15``: rank 1's first process is killed when it reads its 20th image; the one started in its place has
+    torchrun terminated at the 15th, and reads on when that has reached it. ``wait@12``: each rank reads its 12th image
+    when it has been asked to leave. No run is over before a signal comes, however slowly signals and tests get along.
     """
+
+    PATIENCE_SECONDS = 600
 
     def __init__(self, count: int, size: int, seed: int):
         super().__init__(count, size, seed)
         self._num_read = 0
+        self._is_asked_to_leave = False
+        self._trainers_handler: Any = None
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         self._num_read += 1
         faults = dict(enumerate(os.environ.get("TINY_FAULTS", "").split(",")))
-        fault, _, after = faults.get(int(os.environ["TORCHELASTIC_RESTART_COUNT"]), "").partition("@")
-        if fault and os.environ["RANK"] == "1" and self._num_read == int(after):
-            if fault == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            os.kill(os.getppid(), signal.SIGTERM)
+        fault, _, after = faults.get(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), "").partition("@")
+        if fault in ("term", "wait"):
+            self._listen()
+        if fault and self._num_read == int(after):
+            self._strike(fault)
         return super().__getitem__(index)
+
+    def _strike(self, fault: str) -> None:
+        is_rank_1 = os.environ.get("RANK") == "1"
+        if fault == "kill" and is_rank_1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "term" and is_rank_1:
+            os.kill(os.getppid(), signal.SIGTERM)
+        if fault == "wait" or (fault == "term" and is_rank_1):
+            deadline = time.monotonic() + self.PATIENCE_SECONDS
+            while not self._is_asked_to_leave:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not asked to leave in {self.PATIENCE_SECONDS} s")
+                time.sleep(0.02)
+
+    def _listen(self) -> None:
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler != self._note:
+            self._trainers_handler = handler
+            signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._is_asked_to_leave = True
+        self._trainers_handler(number, frame)
 
 
 def faulty_blobs(split: str, size: int = 32, train: int = 12, val: int = 5) -> Blobs:

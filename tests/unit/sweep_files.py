@@ -28,6 +28,11 @@ signal.signal(signal.SIGTERM, lambda *_: ((run / "stopped").touch(), sys.exit(0)
 while job["hangs"]:
     time.sleep(0.02)
 time.sleep(job["seconds"])
+deadline = time.monotonic() + 120
+while len(list(run.parents[1].glob("*/*/started"))) < job["meets"]:
+    if time.monotonic() > deadline:
+        sys.exit("not as many runs have started as are to meet")
+    time.sleep(0.02)
 with open(run / "metrics.jsonl", "w") as metrics:
     for record in job["records"]:
         print(json.dumps(record), file=metrics)
@@ -77,9 +82,10 @@ def leave(run: Run, arguments: Sequence[str], metrics: list[dict[str, Any]], *, 
 
 
 def stand_in(
-    folder: Path, *, fails: Sequence[str] = (), hangs: Sequence[str] = (), seconds: float = 0.0
+    folder: Path, *, fails: Sequence[str] = (), hangs: Sequence[str] = (), seconds: float = 0.0, meets: int = 0
 ) -> Callable[[Sequence[str], int], list[str]]:
     """Command lines of the trainer's stand-in; runs whose folder has a name in ``fails`` or ``hangs`` do so.
+    None ends before ``meets`` runs have started.
 
     An epoch of a localized run costs three quarters of one of SGD.
     """
@@ -97,6 +103,7 @@ def stand_in(
             "fails": run.parent.name in fails,
             "hangs": run.parent.name in hangs,
             "seconds": seconds,
+            "meets": meets,
         }
         file = folder / f"{run.parent.name}-{run.name}.json"
         file.write_text(json.dumps(job))

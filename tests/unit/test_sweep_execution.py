@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,34 @@ def is_alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@contextmanager
+def stopped_when(is_so: Callable[[], bool], folder: Path, *signals: signal.Signals) -> Iterator[None]:
+    """Sends this process ``signals``, half a second apart, once ``is_so``; after two minutes in any case, so that the
+    runs under ``folder`` end, and says so. Sends none any more when the block has been left."""
+    came, left = threading.Event(), threading.Event()
+
+    def stop() -> None:
+        deadline = time.monotonic() + 120
+        while not is_so() and time.monotonic() < deadline and not left.is_set():
+            time.sleep(0.01)
+        if is_so():
+            came.set()
+        for number in signals:
+            if not left.is_set():
+                os.kill(os.getpid(), number)
+                left.wait(0.5)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+    said = "\n".join(f"{log}: {log.read_text()}" for log in folder.rglob("*.log"))
+    assert came.is_set(), f"the runs have not got so far\n{said}"
+
+
 def test_runs_wait_for_what_they_need_and_take_it_over(tmp_path: Path, capsys):
     p = plan(tmp_path, variants=DEPENDENT)
     progress = Progress.of(p)
@@ -56,7 +86,7 @@ def test_runs_wait_for_what_they_need_and_take_it_over(tmp_path: Path, capsys):
 def test_as_many_runs_at_once_as_allowed_sharing_the_cores(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     p = plan(tmp_path, variants=dict.fromkeys("abcd", SGD))
-    run_here(Progress.of(p), nproc=1, jobs=2, command=stand_in(tmp_path, seconds=0.4))
+    run_here(Progress.of(p), nproc=1, jobs=2, command=stand_in(tmp_path, meets=2))
     spans = [read_times(p, name) for name in "abcd"]
     overlaps = [sum(a[0] < b[1] and b[0] < a[1] for b in spans) - 1 for a in spans]
     assert max(overlaps) >= 1
@@ -107,16 +137,9 @@ def test_a_stop_signal_ends_the_runs_in_good_order(number, tmp_path: Path, capsy
     progress = Progress.of(p)
     started = [p.run_of(name, 0).directory / "started" for name in "ab"]
 
-    def stop() -> None:
-        while not all(path.exists() and path.read_text() for path in started):
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
     before = signal.getsignal(number)
-    thread = threading.Thread(target=stop)
-    thread.start()
-    run_here(progress, nproc=1, jobs=2, command=stand_in(tmp_path, hangs=["a", "b"]))
-    thread.join()
+    with stopped_when(lambda: all(path.exists() and path.read_text() for path in started), tmp_path, number):
+        run_here(progress, nproc=1, jobs=2, command=stand_in(tmp_path, hangs=["a", "b"]))
     assert progress.summary() == 128 + number
     assert signal.getsignal(number) is before
     assert [(p.run_of(name, 0).directory / "stopped").exists() for name in "abc"] == [True, True, False]
@@ -129,18 +152,9 @@ def test_a_second_stop_signal_kills_what_does_not_stop_and_its_children(tmp_path
     child = tmp_path / "child"
     # Like torchrun's ranks, the child is in a session of its own.
     script = f"trap '' TERM; setsid sleep 600 & echo $! > {child}.tmp; mv {child}.tmp {child}; wait; wait"
-
-    def stop_twice() -> None:
-        while not child.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop_twice)
-    thread.start()
-    run_here(progress := Progress.of(p), nproc=1, jobs=1, command=lambda arguments, nproc: ["sh", "-c", script])
-    thread.join()
+    progress = Progress.of(p)
+    with stopped_when(child.exists, tmp_path, signal.SIGTERM, signal.SIGTERM):
+        run_here(progress, nproc=1, jobs=1, command=lambda arguments, nproc: ["sh", "-c", script])
     assert progress.interrupted == signal.SIGTERM
     deadline = time.monotonic() + 30
     while is_alive(int(child.read_text())):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -87,8 +88,10 @@ def test_a_job_whose_time_is_up_stops_its_run_and_asks_to_be_requeued(tmp_path: 
     script = f"trap 'touch {tmp_path}/stopped; exit 0' TERM; touch {tmp_path}/started; while :; do sleep 0.05; done"
     work = RunOnNode(Launch("a", ["sh", "-c", script], log), 1)
     work.start()
+    deadline = time.monotonic() + 120
     while not (tmp_path / "started").exists():
-        pass
+        assert time.monotonic() < deadline, f"the run does not start\n{log.read_text()}"
+        time.sleep(0.02)
     again = work.checkpoint()
     assert (tmp_path / "stopped").exists()
     assert again.function == RunOnNode(work.launch, 1)
