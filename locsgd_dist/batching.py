@@ -56,10 +56,11 @@ class BatchController:
         self._directory = directory
         self._start_world_size = runtime.world_size
         self._incidents = OutOfMemoryLog(directory.path / "oom")
-        shift = block_size if config.selection.tshift == "block" else config.selection.tshift
         self._policy = BatchPolicy(
             config.batch,
-            interval=shift_interval(config.train.epochs, config.selection.lmax, num_layers, shift),
+            interval=shift_interval(
+                config.selection, num_layers=num_layers, block_size=block_size, epochs=config.train.epochs
+            ),
             num_train=data.num_train,
             batches_per_step=runtime.world_size * config.train.gradient_accumulation,
         )

@@ -20,7 +20,7 @@ from locsgd_dist.checkpoint import CheckpointConfig, check_resume
 from locsgd_dist.data import DataConfig, check_data
 from locsgd_dist.distributed import DistributedConfig, ReplicaConfig, resolve_device
 from locsgd_dist.faults import FaultConfig
-from locsgd_dist.localized import LocalizedConfig, SelectionConfig, make_rule
+from locsgd_dist.localized import LocalizedConfig, SelectionConfig
 from locsgd_dist.localized.selection import load_boundary_trace
 from locsgd_dist.memory import BatchConfig, ElasticConfig, MonitorConfig
 from locsgd_dist.models import ModelConfig, check_model
@@ -122,14 +122,22 @@ def check_config(config: Config, where: Literal["here", "shared", "elsewhere"] =
     try:
         check_model(config.model)
         check_baselines(config)
-        if config.localized.rule != "none":
-            make_rule(config.localized.rule)
+        _check_annealing(config)
+        config.localized.make_rule()
         if where == "here":
             _check_device(config.train)
         if where != "elsewhere":
             _check_files(config)
     except ValueError as error:
         raise ConfigError(_one_line(str(error))) from None
+
+
+def _check_annealing(config: Config) -> None:
+    if config.selection.anneal and config.localized.refresh_every:
+        raise ValueError(
+            f"selection.anneal=true needs localized.refresh_every=0, got {config.localized.refresh_every}: the "
+            "learning rate of a layer that has been handed over is 0"
+        )
 
 
 def _check_device(train: TrainConfig) -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from locsgd_dist.config import Config
 from locsgd_dist.data import DataBundle
-from locsgd_dist.distributed import Runtime, Traffic
+from locsgd_dist.distributed import Alignment, Runtime, Traffic
 from locsgd_dist.faults import StepGuard
 from locsgd_dist.localized import EpochDiagnostics, LocalizedLearner
 from locsgd_dist.memory import FootprintMonitor
 from locsgd_dist.progress import Progress
+
+
+def agreed(change: EpochDiagnostics, runtime: Runtime) -> EpochDiagnostics:
+    """Rank 0's, on all ranks: they decide, and may differ in a bit between devices."""
+    num = len(change.norm)
+    values = runtime.share([*change.norm, *change.update_norm, *change.effective_rank])
+    return replace(
+        change, norm=values[:num], update_norm=values[num : 2 * num], effective_rank=values[2 * num : 3 * num]
+    )
 
 
 class EpochRecords:
@@ -31,6 +41,7 @@ class EpochRecords:
         guard: StepGuard,
         monitor: FootprintMonitor,
         traffic: Traffic,
+        alignment: Alignment,
         plain_gradient_bytes: int,
     ):
         self._config = config
@@ -41,6 +52,7 @@ class EpochRecords:
         self._guard = guard
         self._monitor = monitor
         self._traffic = traffic
+        self._alignment = alignment
         self._plain_gradient_bytes = plain_gradient_bytes
 
     def of_training(self) -> dict[str, Any]:
@@ -55,6 +67,8 @@ class EpochRecords:
             "sum_of_lr": progress.sum_of_lr,
             "num_steps": progress.steps,
             "num_refresh_steps": progress.num_refreshes,
+            "num_update_steps": progress.num_updates,
+            "num_alignment_steps": progress.num_alignments,
             "skipped_steps": self._guard.num_skipped,
             "train_loss": loss / max(1.0, samples),
             "train_top1": correct / max(1.0, samples),
@@ -73,6 +87,8 @@ class EpochRecords:
         plain_steps = -(-self._data.num_train // (batches_per_step * self._config.batch.per_gpu))
         update_norm = change.update_norm[min(boundary, num_layers - 1)]
         sum_of_lr = self._progress.sum_of_lr
+        # The transition layer then has a rate of its own, which the sum does not tell.
+        is_annealed = self._config.selection.anneal
         return {
             "boundary": boundary,
             "num_layers": num_layers,
@@ -82,7 +98,7 @@ class EpochRecords:
             "local_lr": self._learner.lr,
             "sign": self._learner.sign,
             "transition_update_norm": update_norm,
-            "transition_update_norm_per_lr": update_norm / sum_of_lr if sum_of_lr > 0 else None,
+            "transition_update_norm_per_lr": update_norm / sum_of_lr if sum_of_lr > 0 and not is_annealed else None,
             "footprint_bytes": int(self._runtime.max([footprint.bytes])[0]),
             "footprint_source": footprint.source,
             "grad_all_reduce_bytes": traffic.gradient_bytes,
@@ -95,4 +111,5 @@ class EpochRecords:
             "layer_drift": change.drift,
             "layer_update_norm": change.update_norm,
             "layer_effective_rank": change.effective_rank,
+            "layer_alignment": self._alignment.take(),
         }

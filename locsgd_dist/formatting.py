@@ -66,6 +66,9 @@ def describe_event(event: Mapping[str, Any]) -> str:
             phrase = _change("batch per GPU", fields, "per_gpu_from", "per_gpu_to")
         case "oom":
             phrase = "out of memory"
+        case "collapse":
+            phrase = str(fields.get("message", ""))
+            fields = {}
         case _:
             phrase = ""
     message = str(fields.pop("message", "") or "")

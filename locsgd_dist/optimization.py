@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,9 +77,12 @@ def lr_at(config: OptimConfig, epoch: float, epochs: int) -> float:
             done = min(1.0, max(0.0, (epoch - config.warmup_epochs) / span)) if span > 0 else 1.0
             left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
             factor = config.final_lr_fraction + (1 - config.final_lr_fraction) * left
-    if epoch < config.warmup_epochs:
-        factor *= epoch / config.warmup_epochs
-    return config.lr * factor
+    return config.lr * factor * warmup_factor(config, epoch)
+
+
+def warmup_factor(config: OptimConfig, epoch: float) -> float:
+    """Factor on a learning rate after ``epoch`` epochs: rises linearly from 0 to 1."""
+    return epoch / config.warmup_epochs if epoch < config.warmup_epochs else 1.0
 
 
 class RegionOptimizer:
@@ -93,24 +96,35 @@ class RegionOptimizer:
         config: the ``optim`` section.
         keeps_released: refresh steps still train what has left: it stays, with its state, and moves in no other step,
             since it then has no gradient.
+        hand_overs: epoch at which a parameter leaves the region, for those with a learning rate of their own until
+            then (see :meth:`anneal`). Those that leave together share one, and so a group of torch's optimizer.
         fused: torch's fused kernels, which read on the device whether a step is to be left out; default: on CUDA.
     """
 
     def __init__(
-        self, model: nn.Module, config: OptimConfig, *, keeps_released: bool = False, fused: bool | None = None
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        *,
+        keeps_released: bool = False,
+        hand_overs: Mapping[nn.Parameter, int] | None = None,
+        fused: bool | None = None,
     ):
         self._keeps_released = keeps_released
         self._fused = next(model.parameters()).is_cuda if fused is None else fused
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         norm_and_bias = set() if config.decay_norm_and_bias else {p for p in trainable if p.dim() <= 1}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trainable if p not in norm_and_bias], "weight_decay": config.weight_decay},
-            {"params": [p for p in trainable if p in norm_and_bias], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        if not groups:
+        if not trainable:
             raise ValueError("the network has no parameter that requires a gradient: nothing is left to train")
+        alike: dict[tuple[int | None, float], list[nn.Parameter]] = {}
+        for parameter in trainable:
+            decay = 0.0 if parameter in norm_and_bias else config.weight_decay
+            alike.setdefault(((hand_overs or {}).get(parameter), decay), []).append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": parameters, "weight_decay": decay, "hand_over": hand_over}
+            for (hand_over, decay), parameters in alike.items()
+        ]
         kernels = {"fused": True} if self._fused else {"foreach": True}
         self._momentum = config.momentum if config.name == "sgd" else 0.0
         if config.name == "sgd":
@@ -119,16 +133,29 @@ class RegionOptimizer:
             )
         else:
             self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), **kernels)
+        self._lr = config.lr
         self._fill_momentum()
 
     @property
     def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        """Learning rate of all parameters but those with one of their own; setting it sets every parameter's."""
+        return self._lr
 
     @lr.setter
     def lr(self, value: float) -> None:
+        self._lr = value
         for group in self.optimizer.param_groups:
             group["lr"] = value
+
+    def anneal(self, lr_until: Callable[[int], float]) -> None:
+        """Sets the learning rates of parameters that have one of their own, after :attr:`lr` has been set.
+
+        Args:
+            lr_until: the present rate of those that leave at a given epoch.
+        """
+        for group in self.optimizer.param_groups:
+            if group["hand_over"] is not None:
+                group["lr"] = lr_until(group["hand_over"])
 
     @property
     def parameters(self) -> list[nn.Parameter]:

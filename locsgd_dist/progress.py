@@ -25,6 +25,8 @@ class Progress:
         lr, sum_of_lr: learning rate of the last step, and of all steps of the epoch together.
         steps: optimizer steps of the epoch.
         num_refreshes: refresh steps among them.
+        num_updates: steps that computed localized updates.
+        num_alignments: steps in which localized updates were compared with the gradient.
     """
 
     def __init__(self, device: torch.device):
@@ -60,6 +62,8 @@ class Progress:
         self.sum_of_lr = 0.0
         self.steps = 0
         self.num_refreshes = 0
+        self.num_updates = 0
+        self.num_alignments = 0
         self._start_clocks(0.0, 0.0)
 
     def _start_clocks(self, seconds: float, cpu_seconds: float) -> None:
@@ -77,7 +81,7 @@ class Progress:
         return time.process_time() - self._cpu_start
 
     _COUNTERS = ("epoch", "samples_seen", "num_steps", "best_top1", "is_under_way", "record")
-    _EPOCH_COUNTERS = ("lr", "sum_of_lr", "steps", "num_refreshes")
+    _EPOCH_COUNTERS = ("lr", "sum_of_lr", "steps", "num_refreshes", "num_updates", "num_alignments")
 
     def state_dict(self) -> dict[str, Any]:
         """What is the same on all ranks."""

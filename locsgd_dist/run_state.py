@@ -15,15 +15,15 @@ from locsgd_dist.baselines import Baseline
 from locsgd_dist.batching import BatchController
 from locsgd_dist.data.hashing import hash64
 from locsgd_dist.data.streams import TrainStream
-from locsgd_dist.distributed import Refresh, RegionDDP, Replicas, Runtime, Traffic, pool_states
-from locsgd_dist.faults import StepGuard
+from locsgd_dist.distributed import Alignment, Refresh, RegionDDP, Replicas, Runtime, Traffic, pool_states
+from locsgd_dist.faults import CollapseWatch, StepGuard
 from locsgd_dist.localized import LocalizedLearner, WeakSupervision, WeightTrace
 from locsgd_dist.localized.selection import Selector
 from locsgd_dist.memory import FootprintMonitor
 from locsgd_dist.optimization import RegionOptimizer
 from locsgd_dist.progress import Progress, shared_out
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ class RunState:
     region: RegionDDP
     replicas: Replicas
     refresh: Refresh
+    alignment: Alignment
     optimizer: RegionOptimizer
     scaler: torch.amp.GradScaler | None
     guard: StepGuard
+    collapse: CollapseWatch
     baseline: Baseline
     selector: Selector
     supervision: WeakSupervision
@@ -71,9 +73,11 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "guard": self.guard.state_dict(),
+            "collapse": self.collapse.state_dict(),
             "learner": self.learner.state_dict(),
             "replicas": self.replicas.state_dict(),
             "refresh": self.refresh.state_dict(),
+            "alignment": self.alignment.state_dict(),
             "baseline": self.baseline.state_dict(),
             "selector": self.selector.state_dict(),
             "supervision": self.supervision.state_dict(),
@@ -106,8 +110,10 @@ class RunState:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])
+        self.collapse.load_state_dict(state["collapse"])
         self.replicas.load_state_dict(state["replicas"])
         self.refresh.load_state_dict(state["refresh"])
+        self.alignment.load_state_dict(state["alignment"])
         self.selector.load_state_dict(state["selector"])
         self.supervision.load_state_dict(state["supervision"])
         self.traffic.load_state_dict(state["traffic"])

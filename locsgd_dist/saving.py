@@ -54,7 +54,7 @@ class Checkpointer:
         """Goes on from the checkpoint that ``run.resume`` means, if there is one.
 
         Raises:
-            ValueError: it cannot be read, or another version has written it.
+            ValueError: it cannot be read, another version has written it, or it is of a run that is not this one.
         """
         found = self._find(resume)
         if found is None:
@@ -62,7 +62,14 @@ class Checkpointer:
         path, state = found
         if state.get("format") != FORMAT:
             raise ValueError(f"run.resume: checkpoint {path} was written by another version of this trainer")
-        self._state.restore(state)
+        try:
+            self._state.restore(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            if resume == "auto":
+                raise
+            # The file may be of any run, with another network, optimizer or training set.
+            reason = " ".join(str(error).split())
+            raise ValueError(f"run.resume: checkpoint {path} does not fit this configuration: {reason}") from error
         progress = self._progress
         self._recorder.truncate_to(progress.epoch - 1, progress.samples_seen)
         self._recorder.event(
@@ -74,6 +81,7 @@ class Checkpointer:
             world_size_before=state["world_size"],
         )
         if self._runtime.is_main:
+            self.store.set_aside_after(self._position())
             clear_marker(self._directory.preempted)
         return True
 
@@ -110,9 +118,8 @@ class Checkpointer:
             return
         self._report(self.store.wait())
         progress = self._progress
-        samples = self._state.stream.cursor if progress.is_under_way else 0
         self._saving = (progress.epoch - (not progress.is_under_way), progress.samples_seen)
-        self.store.start_saving(state, Position(progress.epoch, samples), is_best=is_best)
+        self.store.start_saving(state, self._position(), is_best=is_best)
 
     def finish(self) -> None:
         """Waits for the last checkpoint; call at the end of a run."""
@@ -123,6 +130,10 @@ class Checkpointer:
 
     def close(self) -> None:
         self.store.close()
+
+    def _position(self) -> Position:
+        progress = self._progress
+        return Position(progress.epoch, self._state.stream.cursor if progress.is_under_way else 0)
 
     def _listen(self) -> int:
         self._report(self.store.finished())

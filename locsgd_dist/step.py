@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locsgd_dist.data import Batch
-from locsgd_dist.distributed import Refresh, RegionDDP, Replicas
+from locsgd_dist.distributed import Alignment, Refresh, RegionDDP, Replicas
 from locsgd_dist.faults import StepGuard
 from locsgd_dist.optimization import RegionOptimizer
 
@@ -83,6 +84,7 @@ class TrainStep:
         optimizer: of the SGD region.
         guard: passes over steps that are not finite; None: one of its own.
         refresh: steps in which the localized region learns by its true gradient; None: none.
+        alignment: steps in which the localized rule is compared with that gradient; None: none.
         world_size: number of ranks.
         label_smoothing: of the cross-entropy.
         penalty: gives what is added to the loss of a step, a function of the weights; None for nothing.
@@ -97,6 +99,7 @@ class TrainStep:
         *,
         guard: StepGuard | None = None,
         refresh: Refresh | None = None,
+        alignment: Alignment | None = None,
         world_size: int,
         device: torch.device,
         label_smoothing: float = 0.0,
@@ -104,7 +107,9 @@ class TrainStep:
     ):
         self._region = region
         self._replicas = replicas
-        self._refresh = refresh or Refresh(replicas.learner, None, region.traffic, every=0)
+        self._learner = replicas.learner
+        self._refresh = refresh or Refresh(self._learner, None, region.traffic, every=0)
+        self._alignment = alignment or Alignment(self._learner, self._refresh, None, region.traffic, every=0)
         self._optimizer = optimizer
         self._guard = guard or StepGuard(device)
         self._world_size = world_size
@@ -123,26 +128,43 @@ class TrainStep:
     def optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer.optimizer
 
+    @property
+    def is_update_due(self) -> bool:
+        """Whether the present step computes localized updates; in any other the replicas of the region rest too."""
+        return self._may_update and self._learner.is_update_due
+
+    @property
+    def _may_update(self) -> bool:
+        # A refresh step that all of the batch takes gathers no localized update.
+        return not self._refresh.is_due or self._refresh.fraction < 1
+
     def __call__(self, batches: Sequence[Batch], tally: Tally) -> None:
         """Takes one optimizer step on ``batches`` (its micro-batches on this rank; see ``gradient_accumulation``)."""
         samples = sum(batch.global_size for batch in batches)
         of_this_step = Tally(self._device)
         is_refresh = self._refresh.is_due
+        is_measured, is_update = self._alignment.is_due, self.is_update_due
         self._guard.begin(self.model)
-        with self._refresh.mode() if is_refresh else nullcontext():
-            for batch in batches[:-1]:
-                with self._region.no_sync():
-                    self._forward_backward(batch, samples, of_this_step)
-            if not is_refresh:
-                self._replicas.arm()
-            self._forward_backward(batches[-1], samples, of_this_step)
-        if is_refresh:
-            self._refresh.reduce()
+        passes = self._passes(batches, is_refresh=is_refresh, is_measured=is_measured)
+        for each in passes[:-1]:
+            with self._region.no_sync(), self._mode(each, is_measured=is_measured):
+                self._forward_backward(each.batch, samples, of_this_step)
+        if is_update:
+            self._replicas.arm()
+        with self._mode(passes[-1], is_measured=is_measured):
+            self._forward_backward(passes[-1].batch, samples, of_this_step)
+        if is_refresh or is_measured:
+            self._refresh.reduce(_whole_share(passes))
+        if is_measured:
+            self._alignment.measure()
         bad = self._guard.judge(self._optimizer.parameters)
         self._optimizer.step(self.scaler, unless=bad)
         self._optimizer.zero_grad()
-        if not is_refresh:
+        if is_update:
             self._replicas.finish_step(bad)
+        if self._may_update:
+            self._learner.finish_step()
+        self._alignment.finish_step()
         self._refresh.finish_step()
         self._guard.end(bad)
         tally.take(of_this_step, unless=bad)
@@ -160,20 +182,37 @@ class TrainStep:
             images = images.contiguous(memory_format=torch.channels_last)
         targets = torch.arange(per_gpu, device=device) % num_classes
         buffers = [buffer.clone() for buffer in model.buffers()]
-        self._replicas.learner.train()
+        self._learner.train()
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            self._replicas.learner.discarding(),
+            self._learner.discarding(),
             self._region.no_sync(),
-            # The dearest step there is at this boundary.
-            self._refresh.mode() if self._refresh.enabled else nullcontext(),
         ):
             try:
-                self._forward_backward(Batch(images, targets, per_gpu, per_gpu), per_gpu, Tally(device))
+                batch = Batch(images, targets, per_gpu, per_gpu)
+                # The dearest step there is at this boundary.
+                is_refresh, is_measured = self._refresh.enabled, self._alignment.enabled
+                for each in self._passes([batch], is_refresh=is_refresh, is_measured=is_measured):
+                    with self._mode(each, is_measured=is_measured):
+                        self._forward_backward(each.batch, per_gpu, Tally(device))
             finally:
+                self._alignment.discard()
                 self._optimizer.zero_grad()
                 for buffer, before in zip(model.buffers(), buffers, strict=True):
                     buffer.copy_(before)
+
+    def _passes(self, batches: Sequence[Batch], *, is_refresh: bool, is_measured: bool) -> list[_Pass]:
+        """What a step runs, in turn; all ranks end alike, so that what a localized rule exchanges meets its match."""
+        if not is_refresh:
+            return [_Pass(batch, is_whole=is_measured) for batch in batches]
+        if self._refresh.fraction == 1:
+            return [_Pass(batch, is_whole=True) for batch in batches]
+        return [each for batch in batches for each in _divided(batch, self._refresh.fraction)]
+
+    def _mode(self, of: _Pass, *, is_measured: bool) -> AbstractContextManager[None]:
+        if not of.is_whole:
+            return nullcontext()
+        return self._alignment.mode() if is_measured else self._refresh.mode()
 
     def _forward_backward(self, batch: Batch, samples: int, tally: Tally) -> None:
         # A rank without samples still joins every collective: one filler sample, in evaluation mode so that neither
@@ -194,6 +233,36 @@ class TrainStep:
         loss = self._guard.watch(loss)
         if loss.requires_grad:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward and backward pass: through the whole network, or through the SGD region alone."""
+
+    batch: Batch
+    is_whole: bool
+
+
+def _divided(batch: Batch, fraction: float) -> list[_Pass]:
+    """The first samples of a batch, a share of ``fraction``, for the whole network; the rest for the SGD region."""
+    size = batch.local_size
+    # Neither part is a single sample, which batch statistics could not normalise.
+    whole = min(size, max(2, math.ceil(size * fraction - 1e-9)))
+    whole += size - whole == 1
+    # Where nothing is left over, one sample stands in that counts for nothing.
+    rest = slice(whole, None) if whole < size else slice(0, 1)
+    passes = [(slice(0, whole), whole, True)] if whole else []
+    passes.append((rest, size - whole, False))
+    return [
+        _Pass(Batch(batch.images[part], batch.targets[part], batch.global_size, count), is_whole)
+        for part, count, is_whole in passes
+    ]
+
+
+def _whole_share(passes: Sequence[_Pass]) -> float:
+    """Share of this rank's samples that went through the whole network; 1 where it had none."""
+    whole = sum(each.batch.local_size for each in passes if each.is_whole)
+    return whole / sum(each.batch.local_size for each in passes) if whole else 1.0
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from locsgd_dist.config import check_config, config_error_exit, parse_config
 from locsgd_dist.distributed import environment_rank
-from locsgd_dist.faults import Preempted, TooManyBadStepsError
+from locsgd_dist.faults import CollapsedError, Preempted, TooManyBadStepsError
 from locsgd_dist.memory import StepOutOfMemoryError
 from locsgd_dist.trainer import Trainer
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except TooManyBadStepsError as error:
+    except (TooManyBadStepsError, CollapsedError) as error:
         if environment_rank() == 0:
             print(f"locsgd: error: {error}", file=sys.stderr)
         return 1

@@ -6,17 +6,20 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
+from locsgd_dist.annealing import annealed_lr, hand_over_epochs
 from locsgd_dist.baselines import make_baseline, with_droppable_blocks
 from locsgd_dist.batching import BatchController
 from locsgd_dist.checkpoint import was_restarted
 from locsgd_dist.config import Config
 from locsgd_dist.data import Batch, build_data
 from locsgd_dist.distributed import (
+    Alignment,
     Refresh,
     RegionDDP,
     Runtime,
@@ -26,23 +29,25 @@ from locsgd_dist.distributed import (
     refuse_synchronised_norms,
     resolve_device,
 )
-from locsgd_dist.epoch_record import EpochRecords
-from locsgd_dist.faults import StepGuard, StopSignals, naming_silent_ranks
+from locsgd_dist.epoch_record import EpochRecords, agreed
+from locsgd_dist.faults import CollapsedError, CollapseWatch, StepGuard, StopSignals, naming_silent_ranks
 from locsgd_dist.localized import (
     LocalizedLearner,
     WeakSupervision,
     WeightTrace,
+    criterion_values,
     make_selector,
 )
 from locsgd_dist.localized.selection import ScheduledSelector, Selector
 from locsgd_dist.memory import FootprintMonitor
-from locsgd_dist.models import build_model, network_size, to_channels_last
+from locsgd_dist.models import build_model, to_channels_last
 from locsgd_dist.optimization import RegionOptimizer, averaged_model, lr_at
 from locsgd_dist.progress import Progress
 from locsgd_dist.recording import Recorder, RunDirectory
 from locsgd_dist.run_state import RunState, seed_everything
 from locsgd_dist.saving import Checkpointer
 from locsgd_dist.step import TrainStep, evaluate
+from locsgd_dist.transitions import Transitions
 
 UNEVALUATED: dict[str, Any] = {"val_loss": None, "val_top1": None, "eval_seconds": 0.0}
 
@@ -93,9 +98,9 @@ class Trainer:
         self.learner = LocalizedLearner(
             self.model,
             self.example_input,
-            rule="frozen" if config.localized.rule == "none" else config.localized.rule,
+            rule=config.localized.make_rule(config.train.seed),
             batch_fraction=config.localized.batch_fraction,
-            seed=config.train.seed,
+            update_every=config.localized.update_every,
             hold_statistics=config.localized.norm_statistics == "held",
         )
         networks = [self.model] if self.ema is None else [self.model, self.ema.module]
@@ -103,6 +108,9 @@ class Trainer:
         self.selector = self._make_selector()
         self.supervision = WeakSupervision()
         self.trace = WeightTrace(self.learner.layers)
+        self.collapse = CollapseWatch(
+            config.faults, [layer.name for layer in self.learner.layers], self.data.num_classes
+        )
         self.traffic = Traffic()
         self.region = RegionDDP(
             self.model,
@@ -125,9 +133,24 @@ class Trainer:
             self.traffic,
             every=config.localized.refresh_every,
             recompute=config.localized.refresh_recompute,
+            fraction=config.localized.refresh_fraction,
             gain=config.localized.refresh_gain,
         )
-        self.optimizer = RegionOptimizer(self.model, config.optim, keeps_released=self.refresh.enabled)
+        self.alignment = Alignment(
+            self.learner,
+            self.refresh,
+            self.runtime.data_group,
+            self.traffic,
+            every=config.localized.alignment_every,
+            recompute=config.localized.refresh_recompute,
+            sums_updates=config.replicas.mode == "all_reduce",
+        )
+        self.optimizer = RegionOptimizer(
+            self.model,
+            config.optim,
+            keeps_released=self.refresh.enabled,
+            hand_overs=hand_over_epochs(config, self.learner.layers),
+        )
         self.guard = StepGuard(device, self.runtime.data_group, max_bad_steps=config.faults.max_bad_steps)
         self.step = TrainStep(
             config.train,
@@ -136,6 +159,7 @@ class Trainer:
             self.optimizer,
             guard=self.guard,
             refresh=self.refresh,
+            alignment=self.alignment,
             world_size=self.runtime.world_size,
             device=device,
             label_smoothing=config.optim.label_smoothing,
@@ -158,6 +182,18 @@ class Trainer:
             block_size=self.learner.layers.block_size,
         )
         self.progress = Progress(device)
+        self.transitions = Transitions(
+            self.model,
+            self.example_input,
+            learner=self.learner,
+            baseline=self.baseline,
+            optimizer=self.optimizer,
+            region=self.region,
+            replicas=self.replicas,
+            recorder=self.recorder,
+            progress=self.progress,
+            is_compiled=config.train.compile,
+        )
         self.records = EpochRecords(
             config,
             runtime=self.runtime,
@@ -167,6 +203,7 @@ class Trainer:
             guard=self.guard,
             monitor=self.monitor,
             traffic=self.traffic,
+            alignment=self.alignment,
             plain_gradient_bytes=sum(p.numel() * p.element_size() for p in self.optimizer.parameters),
         )
         self.checkpoints = self._closing(
@@ -182,8 +219,12 @@ class Trainer:
         seed_everything(config.train.seed + 1 + self.runtime.rank)
         if not self.checkpoints.restore(config.run.resume):
             self.recorder.truncate_to(-1, 0)
-            self._move_boundary(self.selector.boundary)
-        self.size = network_size(self.model, self.example_input)
+            if self.selector.boundary:
+                self.trace.begin()
+                start = agreed(self.trace.end(), self.runtime)
+                self.collapse.hand_over(self.selector.boundary, start.norm, start.effective_rank)
+            self.transitions.move_boundary(self.selector.boundary)
+        self.transitions.measure()
         self.batching.respect_incidents(self.progress.epoch, self.progress.samples_seen)
 
     def fit(self) -> dict[str, Any]:
@@ -192,13 +233,21 @@ class Trainer:
         Raises:
             Preempted: the run was asked to leave and has saved itself.
             TooManyBadStepsError: one step after the other was not finite.
+            CollapsedError: the network has collapsed, and the run is to stop then; it has saved itself.
             StepOutOfMemoryError: a step did not fit; the next start goes on with a batch that does.
         """
         metrics: dict[str, Any] = {}
         with naming_silent_ranks(self.runtime):
-            while self.progress.epoch < self.config.train.epochs:
+            while self.progress.epoch < self.config.train.epochs and not self.collapse.ends_run:
                 metrics = self._run_epoch()
             self.checkpoints.finish()
+            if self.collapse.ends_run:
+                # A rank that fails has the others killed: none may be writing.
+                self.runtime.barrier()
+                raise CollapsedError(
+                    f"the network has collapsed ({self.collapse.verdict}); the run is saved, and goes on with "
+                    "faults.on_collapse=warn"
+                )
         return metrics
 
     def _run_epoch(self) -> dict[str, Any]:
@@ -210,23 +259,24 @@ class Trainer:
         if trained is None:
             with self.batching.leaving_on_out_of_memory(progress.epoch):
                 self._train_epoch()
-            trained = self.records.of_training() | self.size
+            trained = self.records.of_training() | self.transitions.size
             self._pool(with_average=is_evaluated)
-            change = self.trace.end()
-            self._prune()
+            change = agreed(self.trace.end(), self.runtime)
+            self.transitions.prune()
             progress.record = trained = trained | self.records.of_state(change)
         metrics = trained | (self._validate() if is_evaluated else UNEVALUATED)
         progress.end_epoch()
         self._decide(metrics)
         self.recorder.epoch(metrics)
-        self._move_boundary(metrics["boundary_next"])
+        self._look_for_collapse(metrics)
+        self.transitions.move_boundary(metrics["boundary_next"])
         self.batching.grow(metrics, is_last=is_last)
-        self.checkpoints.at_epoch_end(metrics, is_last=is_last)
+        self.checkpoints.at_epoch_end(metrics, is_last=is_last or self.collapse.ends_run)
         return metrics
 
     def _train_epoch(self) -> None:
         """One pass over the training set, or what is left of it."""
-        config, progress = self.config, self.progress
+        progress = self.progress
         if not progress.is_under_way:
             self.learner.sign = self.supervision.sign
             self.data.train.set_epoch(progress.epoch)
@@ -237,9 +287,7 @@ class Trainer:
         self.learner.train()
         for batches in self._steps():
             done = progress.samples_seen / self.data.num_train
-            progress.lr = lr_at(config.optim, done, config.train.epochs) * self.batching.lr_scale.at(done)
-            self.optimizer.lr = progress.lr
-            self.learner.lr = config.localized.lr_at(progress.epoch) * self.batching.local_lr_scale.at(done)
+            self._set_learning_rates(done)
             with self.baseline.step(progress.samples_seen, progress.tally), self._measured():
                 self.step(batches, progress.tally)
             if self.ema is not None:
@@ -250,14 +298,30 @@ class Trainer:
             self.checkpoints.after_step()
         self._report_bad_steps(self.guard.finish_epoch())
 
+    def _set_learning_rates(self, done: float) -> None:
+        """Those of the next step, after ``done`` epochs."""
+        config, epochs, scale = self.config, self.config.train.epochs, self.batching.lr_scale.at(done)
+        self.progress.lr = self.optimizer.lr = lr_at(config.optim, done, epochs) * scale
+        self.optimizer.anneal(
+            lambda hand_over: annealed_lr(config.optim, done, epochs, hand_over, config.selection.anneal_scale) * scale
+        )
+        self.learner.lr = config.localized.lr_at(self.progress.epoch) * self.batching.local_lr_scale.at(done)
+
     def _measured(self) -> AbstractContextManager[None]:
         """Around a step: measures its memory, if it is one that needs as much as any of the epoch."""
         progress = self.progress
-        # The second step is the first with momentum and settled buckets; a refresh step needs more.
+        # The second step is the first with momentum and settled buckets. A step through the whole network needs more,
+        # and so does one that computes a localized update, where others do not.
         is_telling = progress.steps == 1 or len(self.data.train) == 0 == progress.steps
         if self.refresh.is_due:
             is_telling |= progress.num_refreshes == 0
             progress.num_refreshes += 1
+        if self.alignment.is_due:
+            is_telling |= progress.num_alignments == 0
+            progress.num_alignments += 1
+        if self.learner.updated_layers and self.step.is_update_due:
+            is_telling |= progress.num_updates < 2 and self.learner.update_every > 1
+            progress.num_updates += 1
         return self.monitor.measured_step(self.model, self.optimizer.optimizer) if is_telling else nullcontext()
 
     def _report_bad_steps(self, count: int) -> None:
@@ -297,61 +361,29 @@ class Trainer:
 
     def _decide(self, metrics: dict[str, Any]) -> None:
         """What the next epoch does differently, from numbers that all ranks share."""
-        if self.config.localized.weak_supervision:
+        if self.config.localized.weak_supervision == "alignment":
+            self.supervision.follow(metrics["layer_alignment"])
+        elif self.config.localized.weak_supervision:
             self.supervision.observe(metrics["train_loss"])
-        update_norms = self.runtime.share(metrics["layer_update_norm"])
+        values = criterion_values(
+            self.config.selection.criterion,
+            update_norms=metrics["layer_update_norm"],
+            norms=metrics["layer_norm"],
+            sum_of_lr=metrics["sum_of_lr"],
+            loss=metrics["train_loss"],
+        )
         if self.progress.epoch < self.config.train.epochs:
-            self.selector.observe(metrics["epoch"], update_norms)
+            self.selector.observe(metrics["epoch"], values)
         metrics["boundary_next"] = self.selector.boundary
 
-    def _prune(self) -> None:
-        """Lets the baseline cut the network at an epoch's end, and everything that speaks of its weights follows."""
-        surgery = self.baseline.end_epoch(self.progress.epoch)
-        if surgery is None:
-            return
-        self.optimizer.cut(surgery.cut)
-        self.region.refresh()
-        if self.config.train.compile:
-            torch._dynamo.reset()
-        before, self.size = self.size, network_size(self.model, self.example_input)
-        self.recorder.event(
-            "prune",
-            epoch=self.progress.epoch,
-            samples_seen=self.progress.samples_seen,
-            removed_channels=surgery.removed_channels,
-            num_parameters_from=before["num_parameters"],
-            num_parameters_to=self.size["num_parameters"],
-            forward_macs_from=before["forward_macs"],
-            forward_macs_to=self.size["forward_macs"],
-        )
-
-    def _move_boundary(self, boundary: int) -> None:
-        """Hands layers over to localized learning, and everything that speaks of the SGD region follows."""
-        before = self.learner.boundary
-        if boundary == before:
-            return
-        released = self.learner.advance(boundary)
-        self.optimizer.release(released)
-        self.region.refresh()
-        self.replicas.refresh()
-        if self.config.train.compile:
-            # Past its limit of recompilations dynamo silently stops compiling; a shift invalidates all anyway.
-            torch._dynamo.reset()
-        self.recorder.event(
-            "shift",
-            epoch=max(0, self.progress.epoch - 1),
-            samples_seen=self.progress.samples_seen,
-            boundary_from=before,
-            boundary_to=boundary,
-        )
-        held = [layer.name for layer in self.learner.layers[before:boundary] if not layer.updatable]
-        if held and self.learner.rule.updates:
-            self.recorder.event(
-                "warning",
-                epoch=max(0, self.progress.epoch - 1),
-                samples_seen=self.progress.samples_seen,
-                message=f"frozen in the localized region, since no localized rule applies: {', '.join(held)}",
-            )
+    def _look_for_collapse(self, metrics: dict[str, Any]) -> None:
+        norms, ranks = metrics["layer_norm"], metrics["layer_effective_rank"]
+        # Where every step was skipped there is no loss.
+        loss = metrics["train_loss"] if metrics["skipped_steps"] < metrics["num_steps"] else None
+        where = {"epoch": metrics["epoch"], "samples_seen": metrics["samples_seen"]}
+        for collapse in self.collapse.observe(metrics["epoch"], loss=loss, norms=norms, ranks=ranks):
+            self.recorder.event("collapse", **where, **asdict(collapse))
+        self.collapse.hand_over(metrics["boundary_next"], norms, ranks)
 
     def _show_progress(self) -> None:
         if not self.recorder.step_due:
@@ -377,9 +409,11 @@ class Trainer:
             region=self.region,
             replicas=self.replicas,
             refresh=self.refresh,
+            alignment=self.alignment,
             optimizer=self.optimizer,
             scaler=self.step.scaler,
             guard=self.guard,
+            collapse=self.collapse,
             baseline=self.baseline,
             selector=self.selector,
             supervision=self.supervision,

@@ -38,9 +38,10 @@ def check_baselines(config: Config) -> None:
         raise ValueError(
             "stochastic_depth.survival < 1 needs train.compile=false: every pattern of skipped blocks would be compiled"
         )
-    if (drops or prunes) and config.localized.refresh_every:
-        section = "stochastic_depth.survival < 1" if drops else "pruning.every_epochs > 0"
-        raise ValueError(f"{section} needs localized.refresh_every=0, got {config.localized.refresh_every}")
+    for key in ("refresh_every", "alignment_every"):
+        if (drops or prunes) and (value := getattr(config.localized, key)):
+            section = "stochastic_depth.survival < 1" if drops else "pruning.every_epochs > 0"
+            raise ValueError(f"{section} needs localized.{key}=0, got {value}")
 
 
 def make_baseline(

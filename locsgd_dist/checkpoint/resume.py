@@ -41,7 +41,10 @@ def check_resume(
         ValueError: the run is finished, was started with another configuration, or the named checkpoint is missing.
     """
     if resume not in ("auto", "never"):
-        load_state(Path(resume))
+        try:
+            load_state(Path(resume))
+        except ValueError as error:
+            raise ValueError(f"run.resume: {error}") from None
     if resume != "auto" and not was_restarted():
         return
     paths = CheckpointStore(run_dir / "checkpoints").paths()

@@ -140,6 +140,15 @@ class CheckpointStore:
                 log.warning("%s; trying the one before", error)
         return None
 
+    def set_aside_after(self, position: Position) -> None:
+        """Renames checkpoints behind ``position``, to ``NAME.old``: a run goes on from there, and will take its own.
+
+        They would count as its newest ones, and push out those that it is going to write.
+        """
+        for path in self.paths():
+            if position_of(path) > position:
+                path.replace(path.with_name(f"{path.name}.old"))
+
     def _outcome_of_saving(self, state: dict[str, Any], position: Position, is_best: bool) -> Written:
         path = self.folder / position.file_name
         try:

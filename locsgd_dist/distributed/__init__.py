@@ -1,5 +1,6 @@
 """Data parallelism that follows the boundary: gradients of the SGD region, replicas of the localized one."""
 
+from locsgd_dist.distributed.alignment import Alignment
 from locsgd_dist.distributed.buffers import pool_buffers, pool_states, refuse_synchronised_norms
 from locsgd_dist.distributed.delayed_max import DelayedMax
 from locsgd_dist.distributed.refresh import Refresh
@@ -9,6 +10,7 @@ from locsgd_dist.distributed.runtime import DistributedConfig, Runtime, environm
 from locsgd_dist.distributed.traffic import Traffic
 
 __all__ = [
+    "Alignment",
     "DelayedMax",
     "DistributedConfig",
     "Refresh",

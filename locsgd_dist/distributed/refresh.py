@@ -1,4 +1,4 @@
-"""Refresh steps: every n-th step the localized region learns by its true gradient too.
+"""Refresh steps: every n-th step the localized region learns by its true gradient too, from all or part of the batch.
 
 Its gradients are reduced beside the DDP wrapper, whose buckets hold the SGD region alone: wrapping anew for each
 refresh would cost more than the reduction.
@@ -6,13 +6,14 @@ refresh would cost more than the reduction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from locsgd_dist.distributed.traffic import Traffic
 from locsgd_dist.localized import LocalizedLearner
@@ -29,6 +30,7 @@ class Refresh:
         traffic: counts each all-reduce's payload as gradients.
         every: steps between two refresh steps; 0: none, the paper.
         recompute: run the region's blocks anew in the backward pass, so that the footprint stays low.
+        fraction: share of each batch that backpropagates through the whole network; the step takes it apart.
         gain: factor on the region's gradients, to make up for the steps between; 1: as they are.
     """
 
@@ -40,6 +42,7 @@ class Refresh:
         *,
         every: int,
         recompute: bool = True,
+        fraction: float = 1.0,
         gain: float = 1.0,
     ):
         self._learner = learner
@@ -47,6 +50,7 @@ class Refresh:
         self._traffic = traffic
         self._every = every
         self._recompute = recompute
+        self.fraction = fraction
         self._gain = gain
         self._num_steps = 0
 
@@ -68,21 +72,28 @@ class Refresh:
         self._num_steps += 1
 
     @torch.no_grad()
-    def reduce(self) -> None:
+    def reduce(self, share: float = 1.0) -> None:
         """After the backward pass: averages the region's gradients over ranks, in buckets, and applies the gain.
 
         Every rank calls it in the same step. A parameter without a gradient on some rank counts as zero there.
+
+        Args:
+            share: of this rank's samples in the step, the share that has backpropagated through the region: its
+                gradients become those of the mean loss of these samples.
         """
         parameters = self._learner.released
+        self._scale(parameters, 1 / share)
         if self._group is not None:
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             self._all_reduce([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if self._gain != 1:
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            if gradients:
-                torch._foreach_mul_(gradients, self._gain)
+        self._scale(parameters, self._gain)
+
+    def _scale(self, parameters: Sequence[nn.Parameter], factor: float) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if factor != 1 and gradients:
+            torch._foreach_mul_(gradients, factor)
 
     def _all_reduce(self, gradients: list[Tensor]) -> None:
         assert self._group is not None

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 _WATCHDOG_GRACE = timedelta(minutes=1)
-_ROLL_CALL = timedelta(seconds=20)
+ROLL_CALL = timedelta(seconds=20)
 _A_YEAR_IN_MINUTES = 366 * 24 * 60
 
 
@@ -138,12 +138,16 @@ class Runtime:
         dist.broadcast_object_list(shared, src=0, group=self.control_group)
         return shared[0]
 
-    def roll_call(self) -> str:
-        """After a collective has failed: which ranks no longer answer, as far as this one can tell. Takes seconds."""
+    def roll_call(self, patience: timedelta = ROLL_CALL) -> str:
+        """After a collective has failed: which ranks no longer answer, as far as this one can tell.
+
+        Args:
+            patience: how long a rank may take to answer; passes whole where one does not.
+        """
         if self._roll_call_group is None:
             return "there are no other ranks"
         try:
-            dist.monitored_barrier(self._roll_call_group, timeout=_ROLL_CALL, wait_all_ranks=True)
+            dist.monitored_barrier(self._roll_call_group, timeout=patience, wait_all_ranks=True)
         except RuntimeError as error:
             if found := re.search(r"[Rr]anks?:? ([\d, ]+\d|\d) failed to pass monitoredBarrier", str(error)):
                 return f"these ranks hang or are gone: {found[1]}"

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from locsgd_dist.distributed import Runtime
+from locsgd_dist.distributed.runtime import ROLL_CALL
 
 
 @contextmanager
-def naming_silent_ranks(runtime: Runtime) -> Iterator[None]:
+def naming_silent_ranks(runtime: Runtime, patience: timedelta = ROLL_CALL) -> Iterator[None]:
     """Around training: an error of a collective says in addition which ranks no longer answer.
+
+    Args:
+        patience: how long a rank may take to answer the roll call.
 
     Raises:
         RuntimeError: the collective's own error, with the ranks in a line above it.
@@ -20,7 +25,7 @@ def naming_silent_ranks(runtime: Runtime) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_of_a_collective(error):
             raise
-        raise RuntimeError(f"rank {runtime.rank}: a collective failed; {runtime.roll_call()}") from error
+        raise RuntimeError(f"rank {runtime.rank}: a collective failed; {runtime.roll_call(patience)}") from error
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:

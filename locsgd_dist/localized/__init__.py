@@ -4,7 +4,7 @@ from locsgd_dist.localized.diagnostics import EpochDiagnostics, WeightTrace, eff
 from locsgd_dist.localized.layers import Layer, LayerMap, trace_layers
 from locsgd_dist.localized.learner import LocalizedConfig, LocalizedLearner
 from locsgd_dist.localized.rules import LocalizedRule, make_rule, register_rule, rule_names, weight_gradient
-from locsgd_dist.localized.selection import SelectionConfig, Selector, make_selector
+from locsgd_dist.localized.selection import SelectionConfig, Selector, criterion_values, make_selector
 from locsgd_dist.localized.supervision import WeakSupervision
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Selector",
     "WeakSupervision",
     "WeightTrace",
+    "criterion_values",
     "effective_rank",
     "make_rule",
     "make_selector",

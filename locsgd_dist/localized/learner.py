@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -35,15 +35,26 @@ class LocalizedConfig:
     """How the localized region learns."""
 
     rule: str = "hebbian"
-    """Localized rule: hebbian (the paper's), frozen, random, anti_hebbian, a registered one, or none for plain SGD."""
+    """Localized rule: hebbian (the paper's), hebbian_relative, centred, oja, softhebb, winner, the controls frozen,
+    random and anti_hebbian, package.module:Class, or none for plain SGD."""
+    rule_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the rule: length (absolute, layer, filter) and hold_norm of every rule that moves;
+    temperature and losers of softhebb, k of winner."""
     lr: float = 0.01
     """Length of a localized step (eta of eq. 4) at the first epoch; > 0."""
     lr_decay: float = 0.5
     """Factor on localized.lr every localized.lr_decay_epochs epochs; in (0, 1]. Paper: 0.5 (CIFAR), 0.1 (ImageNet)."""
     lr_decay_epochs: int = 30
     """Epochs between two decays of localized.lr; >= 1."""
-    weak_supervision: bool = True
-    """Reverse the direction of localized updates in the epoch after one whose training loss rose (algorithm 2)."""
+    weak_supervision: bool | Literal["alignment"] = True
+    """Sign of localized updates: true (reversed in the epoch after one whose training loss rose: algorithm 2), false
+    (never reversed) or alignment (reversed where the epoch's mean cosine to the descent direction was negative)."""
+    update_every: int = 1
+    """Compute and apply a localized update in every m-th step only, not counting refresh steps; >= 1. 1 is the paper's.
+    Each update is as long as with 1: the region moves 1/m as far in an epoch."""
+    alignment_every: int = 0
+    """Measure the cosine between the localized step and the descent direction of each localized layer in every n-th
+    refresh step, or, without refresh steps, in every n-th step, at the cost of one; 0 = never; >= 0."""
     batch_fraction: float = 1.0
     """Share of the batch from which localized updates are computed; in (0, 1]. 1 is the paper's."""
     norm_statistics: Literal["moving", "held"] = "moving"
@@ -57,6 +68,9 @@ class LocalizedConfig:
     refresh_recompute: bool = True
     """Keep only the inputs of the localized region's blocks in a refresh step and run them anew in its backward pass:
     less memory, more arithmetic."""
+    refresh_fraction: float = 1.0
+    """Share of a refresh step's batch that backpropagates through the whole network; the rest of the batch passes the
+    localized region as in any other step. Each part is normalised by its own batch statistics; in (0, 1]."""
     refresh_gain: float = 1.0
     """Factor on the localized region's gradients in a refresh step; > 0."""
 
@@ -69,12 +83,30 @@ class LocalizedConfig:
             raise ValueError(f"localized.lr_decay must lie in (0, 1], got {self.lr_decay}")
         if self.lr_decay_epochs < 1:
             raise ValueError(f"localized.lr_decay_epochs must be >= 1, got {self.lr_decay_epochs}")
+        if self.update_every < 1:
+            raise ValueError(f"localized.update_every must be >= 1, got {self.update_every}")
+        if self.alignment_every < 0:
+            raise ValueError(f"localized.alignment_every must be >= 0, got {self.alignment_every}")
+        if self.weak_supervision == "alignment" and self.alignment_every == 0:
+            raise ValueError("localized.alignment_every must be >= 1 for localized.weak_supervision=alignment, got 0")
         if not 0 < self.batch_fraction <= 1:
             raise ValueError(f"localized.batch_fraction must lie in (0, 1], got {self.batch_fraction}")
         if self.refresh_every < 0:
             raise ValueError(f"localized.refresh_every must be >= 0, got {self.refresh_every}")
+        if not 0 < self.refresh_fraction <= 1:
+            raise ValueError(f"localized.refresh_fraction must lie in (0, 1], got {self.refresh_fraction}")
         if not 0 < self.refresh_gain < math.inf:
             raise ValueError(f"localized.refresh_gain must be > 0, got {self.refresh_gain}")
+
+    def make_rule(self, seed: int = 0) -> LocalizedRule:
+        """The rule with its options; for none a rule that updates nothing.
+
+        Raises:
+            ValueError: no such rule, or an option that it does not take.
+        """
+        if self.rule == "none" and self.rule_options:
+            raise ValueError(f"localized.rule_options must be empty for localized.rule=none, got {self.rule_options}")
+        return make_rule("frozen" if self.rule == "none" else self.rule, seed, self.rule_options)
 
     def lr_at(self, epoch: int) -> float:
         """Length of a localized step in ``epoch`` (from 0)."""
@@ -90,6 +122,7 @@ class LocalizedLearner:
         rule: a rule's registered name, or a rule.
         lr: length of a step (eta of eq. 4).
         batch_fraction: share of the batch from which updates are computed.
+        update_every: steps between two that compute updates; call :meth:`finish_step` at the end of each.
         seed: of rules that draw random numbers.
         hold_statistics: batch norms of the localized region stay in evaluation mode (see :meth:`train`).
 
@@ -107,6 +140,7 @@ class LocalizedLearner:
         *,
         lr: float = 0.01,
         batch_fraction: float = 1.0,
+        update_every: int = 1,
         seed: int = 0,
         hold_statistics: bool = False,
     ):
@@ -115,11 +149,15 @@ class LocalizedLearner:
         self.lr = lr
         self.sign = 1.0
         self.batch_fraction = batch_fraction
+        self.update_every = update_every
         self.hold_statistics = hold_statistics
         self.boundary = 0
         self._model = model
         self._released: list[nn.Parameter] = []
-        self._refreshing = False
+        self._backpropagates = False
+        self._gathers = True
+        self._observed: dict[int, Tensor] | None = None
+        self._rests_after(0)
         self._num_steps = torch.zeros((), dtype=torch.int64, device="cpu")
         self._updated: list[Layer] = []
         self._deltas: dict[int, Tensor] = {}
@@ -175,18 +213,50 @@ class LocalizedLearner:
                 for norm in layer.norms:
                     norm.eval()
 
+    @property
+    def is_update_due(self) -> bool:
+        """Whether the present step computes updates: every ``update_every``-th does, the others do nothing."""
+        return not self._rests
+
+    def finish_step(self) -> None:
+        """Call at the end of every training step but refresh steps, which are not counted."""
+        self._rests_after((self._steps_since_update + 1) % self.update_every)
+
+    def _rests_after(self, steps: int) -> None:
+        self._steps_since_update = steps
+        # A flag, not a comparison of counts: a compiled network has one graph for each value that its hooks read.
+        self._rests = steps + 1 < self.update_every
+
+    def num_used(self, batch: int) -> int:
+        """Samples of a batch from which an update is computed."""
+        return max(1, round(batch * self.batch_fraction))
+
     def gather_only(self, indices: Iterable[int] | None) -> None:
         """Computes updates of these layers only (None: of all): what a rank owns when ranks share the work."""
         self._gathered = None if indices is None else frozenset(indices)
 
     @contextmanager
     def discarding(self) -> Iterator[None]:
-        """Updates gathered inside are forgotten, those gathered before are kept: for a step that is only tried."""
+        """Updates gathered inside are forgotten, those gathered before are kept: for a step that is only tried, as one
+        that computes updates."""
         before, self._deltas = self._deltas, {}
+        rests, self._rests = self._rests, False
         try:
             yield
         finally:
             self._deltas = before
+            self._rests = rests
+
+    @contextmanager
+    def observing(self) -> Iterator[dict[int, Tensor]]:
+        """Around one forward pass and its backward pass: gives the updates of that pass by layer, computed also where
+        none are gathered. What is to be gathered is gathered all the same."""
+        assert self._observed is None
+        self._observed = {}
+        try:
+            yield self._observed
+        finally:
+            self._observed = None
 
     @property
     def released(self) -> list[nn.Parameter]:
@@ -194,23 +264,25 @@ class LocalizedLearner:
         return list(self._released)
 
     @contextmanager
-    def refreshing(self, *, recompute: bool = False) -> Iterator[None]:
+    def refreshing(self, *, recompute: bool = False, gathers: bool = False) -> Iterator[None]:
         """A step by the true gradient for the localized region too: forward and backward pass belong inside.
 
-        No localized update is gathered inside. After it the gradients of :attr:`released` stay in ``grad``, for the
+        After it the gradients of :attr:`released` stay in ``grad``, for the
         caller to reduce over ranks, to step with and to set to None.
 
         Args:
-            recompute: keep only the inputs of the region's blocks and run them anew in the backward pass.
+            recompute: keep only the inputs of the region's blocks and run them anew in the backward pass; then exactly
+                one forward pass belongs inside :meth:`observing`.
+            gathers: gather localized updates as in any other step; by default none are.
         """
         for parameter in self._released:
             parameter.requires_grad_(True)
-        self._refreshing = True
+        self._backpropagates, self._gathers = True, gathers
         try:
             with recomputing(self._model, self.layers, self.boundary) if recompute else nullcontext():
                 yield
         finally:
-            self._refreshing = False
+            self._backpropagates, self._gathers = False, True
             for parameter in self._released:
                 parameter.requires_grad_(False)
 
@@ -245,6 +317,7 @@ class LocalizedLearner:
             "lr": self.lr,
             "sign": self.sign,
             "num_steps": self.num_steps,
+            "steps_since_update": self._steps_since_update,
             "deltas": dict(self._deltas),
         }
 
@@ -253,22 +326,31 @@ class LocalizedLearner:
         released = self.advance(state["boundary"])
         self.lr, self.sign = state["lr"], state["sign"]
         self._num_steps.fill_(state["num_steps"])
+        self._rests_after(state["steps_since_update"] % self.update_every)
         self._deltas = {i: d.to(self.layers[i].weight.device) for i, d in state["deltas"].items()}
         return released
 
     def _gather(self, layer: Layer, a: Tensor, z: Tensor) -> None:
-        if self._refreshing or (self._gathered is not None and layer.index not in self._gathered):
+        if self._gathered is not None and layer.index not in self._gathered:
             return
-        if a.requires_grad or z.requires_grad:
+        observed, gathers = self._observed, self._gathers and not self._rests
+        # Whatever a pass shows twice runs anew for the backward pass.
+        if layer.index in observed if observed is not None else not gathers:
+            return
+        if (a.requires_grad or z.requires_grad) and not self._backpropagates:
             raise RuntimeError(
                 f"localized layer {layer.name!r} is part of the autograd graph: the input of the network, or a "
                 f"parameter before layer {layer.index}, requires a gradient"
             )
         if self.batch_fraction < 1:
-            samples = max(1, round(a.shape[0] * self.batch_fraction))
+            samples = self.num_used(a.shape[0])
             a, z = a[:samples], z[:samples]
         with torch.no_grad(), _no_autocast(z.device.type):
             delta = self.rule.delta(layer, a.to(z.dtype), z, self._num_steps)
+            if observed is not None:
+                observed[layer.index] = delta.clone() if gathers else delta
+            if not gathers:
+                return
             if layer.index in self._deltas:
                 self._deltas[layer.index].add_(delta)
             else:

@@ -99,6 +99,11 @@ def check_plannable(config: Config) -> None:
             "localized.refresh_every > 0 cannot be planned: refresh steps are not foretold; plan with "
             "localized.refresh_every=0, the least that the run needs"
         )
+    if config.localized.alignment_every:
+        raise ValueError(
+            "localized.alignment_every > 0 cannot be planned: steps that backpropagate through the whole network are "
+            "not foretold; plan with localized.alignment_every=0, the least that the run needs"
+        )
     if config.stochastic_depth.survival < 1:
         raise ValueError(
             "stochastic_depth.survival < 1 cannot be planned: each step runs other blocks; plan with "
@@ -117,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--gpu-memory", metavar="SIZE", help="memory per GPU that training may use, such as 10GiB")
     add("--gpus", type=_whole(1, MAX_GPUS), default=1, metavar="N", help=f"GPUs, 1 to {MAX_GPUS} (default 1)")
-    add("--pace", choices=["dynamic", "static"], help="how the boundary moves (default: selection.kind)")
+    add("--pace", choices=["dynamic", "static", "linear"], help="how the boundary moves (default: selection.kind)")
     add("--boundary-trace", type=Path, metavar="FILE", help="a run directory, its metrics.jsonl or a JSON list")
     add(
         "--batch-policy", choices=["fixed", "halving", "fit"], help="default: batch.policy; halving where that is fixed"

@@ -61,12 +61,19 @@ def num_buckets(gradient_bytes: int) -> int:
     return 1 + max(0, math.ceil((gradient_bytes - FIRST_BUCKET_BYTES) / BUCKET_BYTES))
 
 
-def epoch_traffic(step: BoundaryStep, steps: int, gpus: int, replicas: ReplicaConfig) -> EpochTraffic:
-    """What one rank sends in an epoch of ``steps`` at that boundary; nothing on one GPU."""
+def epoch_traffic(
+    step: BoundaryStep, steps: int, gpus: int, replicas: ReplicaConfig, update_every: int = 1
+) -> EpochTraffic:
+    """What one rank sends in an epoch of ``steps`` at that boundary; nothing on one GPU.
+
+    Args:
+        update_every: steps between two that compute localized updates.
+    """
     if gpus == 1:
         return EpochTraffic(steps, 0, 0, 0, 0)
     # At an epoch's end whatever is pending is exchanged, so that a window cut short costs as much as a whole one.
-    exchanges = steps if replicas.mode == "all_reduce" else -(-steps // replicas.every)
+    updates = -(-steps // update_every)
+    exchanges = updates if replicas.mode == "all_reduce" else -(-updates // replicas.every)
     exchanges = exchanges if step.replica_bytes else 0
     return EpochTraffic(
         steps,

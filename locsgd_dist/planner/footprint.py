@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from locsgd_dist.annealing import hand_over_epochs
 from locsgd_dist.config import Config
 from locsgd_dist.data import Batch, DataShape
 from locsgd_dist.distributed import Replicas
@@ -36,7 +37,7 @@ class StepMacs:
     Attributes:
         forward: of the whole network.
         backward: of the SGD region: weight gradients, and input gradients but where nothing before needs them.
-        localized: updates of the localized region that the busiest rank computes.
+        localized: updates of the localized region that the busiest rank computes, in the mean over steps.
     """
 
     forward: float
@@ -53,7 +54,8 @@ class BoundaryStep:
         memory: of one rank, for any batch.
         gradient_bytes: gradients of the SGD region, as they are sent (half under bf16 compression).
         forward_macs, backward_macs: multiply-adds per image, see :class:`StepMacs`.
-        updated: layers that learn locally; each costs its multiply-adds once more, on ``batch_fraction`` of a batch.
+        updated: layers that learn locally.
+        update_macs: multiply-adds per image of each one's updates, in the mean over steps at the configured batch.
         shares_updates: whether the ranks divide the updated layers among them (replicas.mode=sharded).
     """
 
@@ -63,7 +65,7 @@ class BoundaryStep:
     forward_macs: int
     backward_macs: int
     updated: tuple[Layer, ...]
-    batch_fraction: float
+    update_macs: tuple[float, ...]
     shares_updates: bool
 
     @property
@@ -75,8 +77,9 @@ class BoundaryStep:
         """Multiply-adds per image of the busiest of ``world_size`` ranks: the others wait for it."""
         useful_ranks = max(1, min(world_size, len(self.updated)))
         shares = assign_owners(self.updated, useful_ranks) if self.shares_updates else [self.updated]
-        localized = max(sum(layer.macs for layer in share) for share in shares)
-        return StepMacs(self.forward_macs, self.backward_macs, localized * self.batch_fraction)
+        macs = {layer.index: macs for layer, macs in zip(self.updated, self.update_macs, strict=True)}
+        localized = max(sum(macs[layer.index] for layer in share) for share in shares)
+        return StepMacs(self.forward_macs, self.backward_macs, localized)
 
 
 class StepEstimator:
@@ -108,7 +111,7 @@ class StepEstimator:
         self._replicas = (
             Replicas(self._learner) if world_size == 1 else ReplicasOnMeta(config.replicas, self._learner, world_size)
         )
-        self._optimizer = RegionOptimizer(self._model, config.optim)
+        self._optimizer = RegionOptimizer(self._model, config.optim, hand_overs=hand_over_epochs(config, self.layers))
         self._step = TrainStep(
             replace(config.train, precision="fp32"),  # the region casts: torch has no autocast on meta
             self._region,
@@ -143,6 +146,7 @@ class StepEstimator:
             first = self._logged_step(per_gpu)
         memory = StepMemory((per_gpu, 2 * per_gpu), (first, self._logged_step(2 * per_gpu)))
         trainable = [p for p in self.parameters if p.requires_grad]
+        updated = tuple(self._learner.updated_layers)
         compressed = self._config.distributed.gradient_compression == "bf16"
         return BoundaryStep(
             boundary,
@@ -152,10 +156,15 @@ class StepEstimator:
             backward_macs=sum(
                 layer.macs * (1 + (layer.index in with_input_gradient)) for layer in self.layers[boundary:]
             ),
-            updated=tuple(self._learner.updated_layers),
-            batch_fraction=self._config.localized.batch_fraction,
+            updated=updated,
+            update_macs=tuple(self._update_macs(layer) for layer in updated),
             shares_updates=self._config.replicas.mode == "sharded",
         )
+
+    def _update_macs(self, layer: Layer) -> float:
+        per_gpu = self._config.batch.per_gpu
+        macs = self._learner.rule.macs(layer, self._learner.num_used(per_gpu))
+        return macs / per_gpu / self._config.localized.update_every
 
     def _logged_step(self, per_gpu: int) -> StepLog:
         tracker = StepTracker(rounding=self._rounding)
@@ -199,12 +208,10 @@ class StepEstimator:
             ) from error
 
     def _make_learner(self) -> LocalizedLearner:
-        rule = self._config.localized.rule
         example = torch.empty(1, self._shape.channels, *2 * (self._shape.image_size,), device=META)
         return LocalizedLearner(
             self._model,
             example,
-            rule="frozen" if rule == "none" else rule,
+            rule=self._config.localized.make_rule(self._config.train.seed),
             batch_fraction=self._config.localized.batch_fraction,
-            seed=self._config.train.seed,
         )

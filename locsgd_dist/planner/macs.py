@@ -27,12 +27,15 @@ class NetworkMacs:
         forward: of the whole network.
         backward: of the SGD region: weight gradients, and input gradients but where nothing before needs them.
         localized: of one update of every layer that learns locally, on every image.
+        localized_per_batch: of one update of every layer that learns locally, beside that: once for a batch, not for
+            each of its images.
         prefix: of the localized region's part of the forward pass.
     """
 
     forward: float
     backward: float
     localized: float
+    localized_per_batch: float
     prefix: float
 
 
@@ -47,12 +50,14 @@ def network_macs(config: Config, shape: DataShape, boundaries: Iterable[int]) ->
         model = build_model(replace(config.model, weights=None), shape.num_classes).to("meta").eval()
         example = torch.empty(1, shape.channels, shape.image_size, shape.image_size)
     model = with_droppable_blocks(model, config.stochastic_depth)
-    rule = "frozen" if config.localized.rule == "none" else config.localized.rule
-    learner = LocalizedLearner(model, example, rule=rule)
+    learner = LocalizedLearner(model, example, rule=config.localized.make_rule())
     runs = running_probabilities(model, learner.layers)
 
     def total(layers: Iterable[Layer]) -> float:
         return sum(runs[layer.index] * layer.macs for layer in layers)
+
+    def updates(num_samples: int) -> float:
+        return sum(runs[layer.index] * learner.rule.macs(layer, num_samples) for layer in learner.updated_layers)
 
     counts: dict[int, NetworkMacs] = {}
     for boundary in sorted(set(boundaries)):
@@ -63,7 +68,8 @@ def network_macs(config: Config, shape: DataShape, boundaries: Iterable[int]) ->
         counts[boundary] = NetworkMacs(
             forward=total(learner.layers),
             backward=total(region) + total(layer for layer in region if layer.index in with_input_gradient),
-            localized=learner.rule.num_gemms * total(learner.updated_layers),
+            localized=updates(1) - updates(0),
+            localized_per_batch=updates(0),
             prefix=total(learner.layers[:boundary]),
         )
     return counts

@@ -126,7 +126,8 @@ class Planner:
         """What a rank exchanges in an epoch."""
         gpus = (machine or self.machine).gpus
         steps = num_steps(self.data.num_train, per_gpu * gpus * self.config.train.gradient_accumulation)
-        return epoch_traffic(self.steps[boundary], steps, gpus, self.config.replicas)
+        update_every = self.config.localized.update_every
+        return epoch_traffic(self.steps[boundary], steps, gpus, self.config.replicas, update_every)
 
     def seconds(self, boundary: int, per_gpu: int, machine: Machine | None = None) -> float:
         """Training time of an epoch."""
@@ -174,6 +175,7 @@ class Planner:
             + {
                 "dynamic": "a shift at every chance, which is the fastest that algorithm 1 can be.",
                 "static": "the quadratic schedule of the epoch.",
+                "linear": "the linear schedule of the epoch.",
                 "fixed": "as configured.",
                 "replay": "the recorded trace.",
             }[self.pace]

@@ -12,7 +12,7 @@ from locsgd_dist.localized import LayerMap, make_selector
 from locsgd_dist.localized.selection import shift_interval
 from locsgd_dist.memory import BatchConfig, BatchPolicy
 
-Pace = Literal["dynamic", "static", "fixed", "replay"]
+Pace = Literal["dynamic", "static", "linear", "fixed", "replay"]
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,20 @@ def boundaries_per_epoch(
     if trace is not None:
         selection = replace(selection, kind="replay", trace=str(trace))
     elif pace is not None:
-        selection = replace(selection, kind=pace)
+        selection = replace(selection, kind=pace, anneal=False)
     selector = make_selector(selection, num_layers=len(layers), block_size=layers.block_size, epochs=epochs)
     boundaries = [selector.boundary]
     for epoch in range(epochs - 1):
-        # Norms of zero always satisfy u <= alpha * mean: algorithm 1 then waits for its interval only.
+        # Zeros always satisfy u <= alpha * mean, and >= too: algorithm 1 then waits for its interval only.
         boundaries.append(selector.observe(epoch, [0.0] * len(layers)))
     return boundaries
 
 
 def interval_epochs(config: Config, layers: LayerMap) -> int:
     """K: the least number of epochs between two shifts, and between two changes of the batch."""
-    shift = layers.block_size if config.selection.tshift == "block" else config.selection.tshift
-    return shift_interval(config.train.epochs, config.selection.lmax, len(layers), shift)
+    return shift_interval(
+        config.selection, num_layers=len(layers), block_size=layers.block_size, epochs=config.train.epochs
+    )
 
 
 def planned_epochs(

@@ -31,6 +31,7 @@ _SHOWN_EVENTS = {
     "resume": "yellow",
     "preempt": "yellow",
     "bad_step": "yellow",
+    "collapse": "bold red",
     "warning": "yellow",
 }
 """Checkpoints are on record in events.jsonl; a line for each would only push the epochs off the screen."""

@@ -51,6 +51,23 @@ def draw_drift(run: RunData) -> Drawing | None:
     return _heat_map(run, exponent, low, high, ticks, labels, diverging=False), caption
 
 
+def draw_alignment(run: RunData) -> Drawing | None:
+    """Cosine between each layer's localized steps and the descent direction, where it was measured."""
+    cosines = run.layer_matrix("layer_alignment")
+    known = finite(cosines.ravel())
+    if not known.size:
+        return None
+    # Between random directions of n weights a cosine is about 1 / sqrt(n): a scale to 1 would show nothing.
+    limit = next((bound for bound in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if np.abs(known).max() <= bound), 1.0)
+    ticks = np.array([-limit, 0, limit])
+    caption = (
+        f"cos(ΔW, −∂loss/∂W) of the steps as taken, their sign included: {known.mean():+.2g} in the mean, "
+        f"{known.min():+.2g} to {known.max():+.2g}. Above 0 a step leads downhill. Layers below the line learn locally."
+    )
+    labels = [f"{tick:+.2g}" if tick else "0" for tick in ticks]
+    return _heat_map(run, cosines, -limit, limit, ticks, labels, diverging=True), caption
+
+
 def _draw_change(run: RunData, key: str, name: str) -> Drawing | None:
     values = run.layer_matrix(key)
     if len(run.metrics) < 2 or not finite(values.ravel()).size:

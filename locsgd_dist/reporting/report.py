@@ -24,6 +24,7 @@ FIGURES = (
     FigureSpec("layer-norm", "Norm per layer", layer_figures.draw_norm),
     FigureSpec("layer-rank", "Effective rank per layer", layer_figures.draw_effective_rank),
     FigureSpec("layer-drift", "Drift per layer", layer_figures.draw_drift),
+    FigureSpec("layer-alignment", "Localized steps against the gradient", layer_figures.draw_alignment),
 )
 """In the order of the page: memory, batch and traffic first, for they are what the method is about."""
 

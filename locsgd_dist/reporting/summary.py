@@ -117,6 +117,7 @@ def summary(run: RunData) -> list[tuple[str, str]]:
         ("Epochs", progress(run)),
         ("Samples seen", _count(run.last("samples_seen"))),
         ("Boundary", "" if boundary is None else f"{boundary} of {_text(num_layers) or MISSING} layers"),
+        ("Collapse", "; ".join(_collapses(run))),
         ("Checkpoints", f"{len(checkpoints)}, the last in epoch {checkpoints[-1].get('epoch')}" if checkpoints else ""),
         ("Footprint measured by", _text(run.last("footprint_source"))),
         ("Gradient bytes per rank", format_bytes(finite(gradients).sum()) if finite(gradients).size else ""),
@@ -124,6 +125,12 @@ def summary(run: RunData) -> list[tuple[str, str]]:
         ("Plain DDP's bytes per rank", format_bytes(finite(plain).sum()) if finite(plain).size else ""),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _collapses(run: RunData) -> list[str]:
+    """What has collapsed, and in which epoch (from 0, as in the tables)."""
+    found = [event for event in run.events if event.get("type") == "collapse"]
+    return [f"epoch {_text(event.get('epoch')) or MISSING}: {describe_event(event)}" for event in found]
 
 
 def progress(run: RunData) -> str:

@@ -73,6 +73,9 @@ class NotedSteps:
         if len(self.notes) == self._signal_after:
             os.kill(os.getpid(), signal.SIGUSR1)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._step, name)
+
     def _state(self) -> dict[str, Tensor]:
         momenta = {
             f"{name}.{key}": value

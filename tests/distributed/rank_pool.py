@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-_START_SECONDS = 120
+_START_SECONDS = 240
 _CALL_SECONDS = 300
 
 
@@ -67,8 +67,12 @@ class RankPool:
         ]
         for process in self._processes:
             process.start()
-        for _ in self._processes:
-            self._results.get(timeout=_START_SECONDS)
+        try:
+            for _ in self._processes:
+                self._results.get(timeout=_START_SECONDS)
+        except queue.Empty:
+            self.stop()  # or the next call would take a rank that is ready at last for its answer
+            pytest.fail(f"the ranks did not start within {_START_SECONDS} s", pytrace=False)
 
     def stop(self) -> None:
         for process in self._processes:

@@ -9,6 +9,7 @@ import pytest
 from interrupted_runs import numbers, run
 from test_mid_epoch_resume import FLAGS
 
+from locsgd_dist import train
 from locsgd_dist.recording import RunDirectory
 
 POISONED = 17
@@ -40,3 +41,24 @@ def test_a_poisoned_image_on_one_rank(every: int, two_ranks: Any, tmp_path: Path
     assert all(epoch["train_loss"] is not None for epoch in recorded)
     bad_steps = [event for event in RunDirectory(run_dir).load_events() if event["type"] == "bad_step"]
     assert [event["skipped_steps"] for event in bad_steps] == [1, 1]
+
+
+def test_a_run_that_only_makes_bad_steps_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One step an epoch, with an image in it that is not finite."""
+    poisoned = [
+        "--data.kwargs={count: 8, poisoned: 3}",
+        "--batch.per_gpu=8",
+        "--batch.policy=fixed",
+        "--train.epochs=9",
+        "--faults.max_bad_steps=3",
+    ]
+    assert train.main(["--config", "quickstart", *FLAGS, *poisoned, f"--run.dir={tmp_path / 'run'}"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert line == (
+        "locsgd: error: 3 steps in a row had a loss or gradient that is not finite; look at the data and lower "
+        "optim.lr or localized.lr (faults.max_bad_steps is the number allowed)"
+    )
+    # The third epoch did not come to its end; the skipped steps are on record.
+    assert [record["skipped_steps"] for record in numbers(tmp_path / "run")] == [1, 1]
+    bad = [event for event in RunDirectory(tmp_path / "run").load_events() if event["type"] == "bad_step"]
+    assert [event["samples_seen"] for event in bad] == [8, 16]

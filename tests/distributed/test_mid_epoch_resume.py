@@ -38,11 +38,19 @@ FLAGS = [
     "--run.report_every=null",
     "--monitor.trace_hz=0",
 ]
+ALIGNED = ["--localized.alignment_every=1", "--localized.weak_supervision=alignment"]
 CASES = {
     # ranks, replicas, checkpoint every n steps, cut off after so many
     "one rank": (1, ["--localized.refresh_every=3"], 7, 23),
-    "inside a window": (2, ["--replicas.every=4"], 5, 17),
+    "inside a window": (
+        2,
+        ["--replicas.every=4", "--localized.update_every=2", "--localized.alignment_every=3"],
+        5,
+        17,
+    ),
     "while replicas drift": (2, ["--replicas.mode=periodic", "--replicas.every=3"], 5, 22),
+    "all reduced": (2, ["--replicas.mode=all_reduce", "--localized.refresh_every=3", *ALIGNED], 5, 17),
+    "with a worker": (1, ["--data.workers=1"], 5, 17),
     "four ranks": (4, ["--replicas.every=3", "--localized.refresh_every=4"], 4, 12),
 }
 

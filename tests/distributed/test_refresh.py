@@ -20,12 +20,20 @@ from locsgd_dist.step import Tally, TrainConfig, TrainStep
 OPTIM = OptimConfig(lr=0.05, momentum=0.9, weight_decay=1e-2)
 CPU = torch.device("cpu")
 STEPS, SHIFT_AT, BATCH = 7, 2, 8
+LARGER_BATCH = 24
 NORM_NET_LAYERS = 4
 
 
 class Training:
     def __init__(
-        self, model: nn.Module, *, rule: str = "frozen", every: int = 0, recompute: bool = False, gain: float = 1
+        self,
+        model: nn.Module,
+        *,
+        rule: str = "frozen",
+        every: int = 0,
+        recompute: bool = False,
+        fraction: float = 1,
+        gain: float = 1,
     ):
         self.model = model
         self.learner = LocalizedLearner(model, torch.zeros(1, 3, 8, 8), rule=rule, lr=0.02)
@@ -34,7 +42,9 @@ class Training:
         self.traffic = Traffic()
         self.region = RegionDDP(model, group, self.traffic)
         self.replicas = make_replicas(ReplicaConfig("sharded", 2), self.learner, group, self.traffic)
-        self.refresh = Refresh(self.learner, group, self.traffic, every=every, recompute=recompute, gain=gain)
+        self.refresh = Refresh(
+            self.learner, group, self.traffic, every=every, recompute=recompute, fraction=fraction, gain=gain
+        )
         self.optimizer = RegionOptimizer(model, OPTIM, keeps_released=every > 0)
         self.step = TrainStep(
             TrainConfig(device="cpu"),
@@ -46,7 +56,7 @@ class Training:
             device=CPU,
         )
 
-    def run(self, boundary: int) -> Weights:
+    def run(self, boundary: int, batch: int = BATCH) -> Weights:
         tally = Tally(CPU)
         for index in range(STEPS):
             if index == SHIFT_AT and boundary:
@@ -54,16 +64,16 @@ class Training:
                 self.optimizer.release(self.learner.advance(boundary))
                 self.region.refresh()
                 self.replicas.refresh()
-            images, targets = samples(BATCH, index)
+            images, targets = samples(batch, index)
             mine = slice(self.rank, None, self.world_size)
-            self.step([Batch(images[mine], targets[mine], BATCH, len(targets[mine]))], tally)
+            self.step([Batch(images[mine], targets[mine], batch, len(targets[mine]))], tally)
         self.replicas.synchronise()
         return weights_of(self.model)
 
 
-def train(network: str, boundary: int, options: dict[str, Any]) -> Weights:
+def train(network: str, boundary: int, options: dict[str, Any], batch: int = BATCH) -> Weights:
     torch.manual_seed(0)
-    return Training(NormNet() if network == "norm" else PlainNet(), **options).run(boundary)
+    return Training(NormNet() if network == "norm" else PlainNet(), **options).run(boundary, batch)
 
 
 @pytest.mark.parametrize("boundary", [3, NORM_NET_LAYERS])
@@ -103,6 +113,58 @@ def test_between_refreshes_the_region_rests_with_its_momentum(ranks: Any, gain: 
     results = ranks.run(train, "plain", 3, {"every": 3, "gain": gain, "recompute": recompute})
     assert_bit_equal(results)
     assert_close(results[0], reference(3, 3, gain), rtol=1e-4, atol=5e-6)
+
+
+def reference_in_part(world_size: int, boundary: int, every: int, sizes: dict[int, int], gain: float) -> Weights:
+    """Plain torch: in a refresh step the region's gradient is that of the mean loss of each rank's first samples.
+
+    ``sizes``: how many of them there are to be, by the size of a rank's share.
+    """
+    torch.manual_seed(0)
+    model = PlainNet()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, weight_decay=OPTIM.weight_decay
+    )
+    localized = [p for name in LAYERS[:boundary] for p in model.get_submodule(name).parameters()]
+    for index in range(STEPS):
+        images, targets = samples(LARGER_BATCH, index)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), targets).backward()
+        if index >= SHIFT_AT:
+            gradients: list[torch.Tensor | None] = [None] * len(localized)
+            if (index + 1) % every == 0:
+                loss = torch.zeros(())
+                for rank in range(world_size):
+                    share = slice(rank, None, world_size)
+                    seen = sizes[len(targets[share])]
+                    first = F.cross_entropy(model(images[share][:seen]), targets[share][:seen])
+                    loss = loss + first * len(targets[share]) / len(targets)
+                gradients = [gain * g for g in torch.autograd.grad(loss, localized)]
+            for parameter, gradient in zip(localized, gradients, strict=True):
+                parameter.grad = gradient
+        optimizer.step()
+    return weights_of(model)
+
+
+# A rank has 12 or 6 samples; neither part may be a single one.
+@pytest.mark.parametrize(("fraction", "sizes"), [(0.25, {12: 3, 6: 2}), (0.5, {12: 6, 6: 3}), (0.9, {12: 12, 6: 6})])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_part_of_the_batch_refreshes_the_region_and_all_of_it_trains_the_rest(
+    ranks: Any, fraction: float, sizes: dict[int, int], recompute: bool
+) -> None:
+    options = {"every": 2, "fraction": fraction, "gain": 1.5, "recompute": recompute}
+    results = ranks.run(train, "plain", 3, options, LARGER_BATCH)
+    assert_bit_equal(results)
+    expected = reference_in_part(ranks.world_size, 3, 2, sizes, 1.5)
+    assert_close(results[0], expected, rtol=1e-4, atol=5e-6)
+
+
+def test_the_rule_learns_from_the_rest_of_a_batch_that_refreshes_in_part(two_ranks: Any) -> None:
+    options = {"every": 1, "fraction": 0.5}
+    results = two_ranks.run(train, "norm", 3, {"rule": "hebbian", **options})
+    assert_bit_equal([{k: v for k, v in result.items() if "running" not in k} for result in results])
+    frozen = two_ranks.run(train, "norm", 3, {"rule": "frozen", **options})
+    assert (results[0]["0.weight"] != frozen[0]["0.weight"]).any()
 
 
 def test_the_rule_learns_between_refreshes(two_ranks: Any) -> None:

@@ -120,7 +120,7 @@ def train_long(mode: str, every: int, channels_last: bool) -> list[Weights]:
 
 @pytest.mark.parametrize(
     ("mode", "every", "channels_last"),
-    [("sharded", 8, True), ("all_reduce", 1, False)],
+    [("sharded", 8, True), ("sharded", 1, False), ("all_reduce", 1, False)],
 )
 def test_ranks_are_bit_equal_after_200_steps_with_shifts(
     ranks: Any, mode: str, every: int, channels_last: bool

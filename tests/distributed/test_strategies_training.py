@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,7 @@ def test_two_ranks_stay_equal_and_a_cut_off_run_goes_on(case: str, two_ranks: An
     for states in zip(*(of_rank for *_, of_rank in whole), strict=True):
         assert_bit_equal(states)
 
-    if "localized" not in case:
-        assert_goes_on(two_ranks, flags, tmp_path, whole)
+    assert_goes_on(two_ranks, flags, tmp_path, whole)
 
     recorded = numbers(tmp_path / "whole")
     prunes = [event for event in RunDirectory(tmp_path / "whole").load_events() if event["type"] == "prune"]
@@ -70,6 +70,21 @@ def test_two_ranks_stay_equal_and_a_cut_off_run_goes_on(case: str, two_ranks: An
         assert_held(tmp_path / "whole")
     if "localized" not in case:
         assert_loads(tmp_path / "whole", recorded[-1], whole[0][2][0])
+
+
+@pytest.mark.parametrize("case", ["stochastic depth", "pruning, localized"])
+def test_the_batch_grows_and_a_report_is_drawn(case: str, tmp_path: Path) -> None:
+    growing = ["--batch.policy=halving", "--batch.memory_budget=1GiB", "--batch.min_steps=1", "--batch.max_per_gpu=16"]
+    shown = ["--run.report_every=0", "--monitor.trace_hz=20", f"--run.dir={tmp_path}"]
+    run(None, [*FLAGS, *CASES[case], *growing, "--batch.interval_epochs=1", *shown])
+    assert [(epoch["per_gpu_batch"], epoch["num_steps"]) for epoch in numbers(tmp_path)] == [(8, 9), (16, 5)]
+    events = [event["type"] for event in RunDirectory(tmp_path).load_events()]
+    assert events.count("batch") == 1
+    html = (tmp_path / "report.html").read_text()
+    figures = re.findall(r'<figure id="([^"]+)"', html)
+    assert {"footprint", "boundary", "accuracy", "loss", "memory-trace"} <= set(figures)
+    assert "batch per GPU 8 → 16" in html
+    assert (events.count("prune") > 0) == ("removal of channels" in html) == ("pruning" in case)
 
 
 def assert_goes_on(two_ranks: Any, flags: list[str], folder: Path, whole: list[Any]) -> None:

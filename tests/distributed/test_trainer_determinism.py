@@ -28,6 +28,9 @@ FLAGS = (
     "--train.seed=3",
     "--train.device=cpu",
     "--optim.ema_decay=0.9",
+    # The rate of the first epoch does not depend on how many there are.
+    "--optim.schedule=step",
+    "--optim.step_epochs=1",
     "--selection.kind=fixed",
     "--selection.boundary=5",
     "--selection.start_epoch=1",
@@ -39,13 +42,13 @@ FLAGS = (
 )
 
 
-def train(ports: list[int], run_dir: str) -> list[dict[str, Any]]:
+def train(ports: list[int], run_dir: str, changes: list[str]) -> list[dict[str, Any]]:
     """Trains in a world of its own (the trainer makes and closes one), then puts the pool's back."""
     with world_of_its_own(ports):
         # A process that has drawn random numbers before must not differ from one that has not.
         random.seed(ports[0])
         torch.manual_seed(ports[0])
-        with Trainer(parse_config(["--config", "quickstart", *FLAGS, f"--run.dir={run_dir}"])) as t:
+        with Trainer(parse_config(["--config", "quickstart", *FLAGS, f"--run.dir={run_dir}", *changes])) as t:
             t.fit()
             return [
                 {name: value.numpy().copy() for name, value in model.state_dict().items()} for model in (t.model, t.ema)
@@ -62,14 +65,15 @@ def numbers(run_dir: Path) -> list[dict[str, Any]]:
 def test_same_seed_same_numbers_on_two_ranks(two_ranks: Any, tmp_path: Path) -> None:
     runs: dict[str, list[dict[str, Any]]] = {}
     trained: dict[str, Weights] = {}
-    for name in ("first", "second"):
-        results = two_ranks.run(train, free_ports(2), str(tmp_path / name))
+    for name, changes in (("first", []), ("second", []), ("other", ["--train.seed=4", "--train.epochs=1"])):
+        results = two_ranks.run(train, free_ports(2), str(tmp_path / name), changes)
         for states in zip(*results, strict=True):
             assert_bit_equal(states)  # the network and the averaged network, on both ranks
         runs[name], trained[name] = numbers(tmp_path / name), results[0][0]
     assert [epoch["boundary"] for epoch in runs["first"]] == [0, 5, 5]
     assert runs["first"] == runs["second"]
     assert_bit_equal([trained["first"], trained["second"]])
+    assert runs["other"][0]["train_loss"] != runs["first"][0]["train_loss"]
 
     checkpoint = load_state(CheckpointStore(tmp_path / "second" / "checkpoints").paths()[-1])
     assert_bit_equal([trained["first"], {name: value.numpy() for name, value in checkpoint["model"].items()}])

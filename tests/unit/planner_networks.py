@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torchvision.models import DenseNet
 
 
 class Branching(nn.Module):
@@ -19,3 +20,8 @@ class Branching(nn.Module):
 
 def branching(num_classes: int) -> nn.Module:
     return Branching(num_classes)
+
+
+def small_densenet(num_classes: int) -> nn.Module:
+    """Each layer reads all before it in its block: what is saved for backward is shared, and concatenated anew."""
+    return DenseNet(growth_rate=8, block_config=(3, 4, 3), num_init_features=16, num_classes=num_classes)

@@ -77,6 +77,18 @@ def test_checkpoints_inside_epochs_stand_between_those_at_their_edges(tmp_path):
     ]
 
 
+def test_checkpoints_behind_the_one_gone_on_from_do_not_push_out_the_next_ones(tmp_path):
+    """The newest is torn and only one is kept: without its being set aside nothing readable would be left."""
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(state(1), Position(1))
+    (tmp_path / "epoch-0002.pt").write_bytes(b"torn")
+    store.set_aside_after(Position(1))
+    store.save(state(5), Position(1, 8))
+    assert [path.name for path in store.paths()] == ["epoch-0001-sample-000000008.pt"]
+    assert store.load_newest()[1]["epoch"] == 5
+    assert (tmp_path / "epoch-0002.pt.old").read_bytes() == b"torn"
+
+
 def test_what_a_killed_writer_left_is_cleared_away_and_never_loaded(tmp_path):
     store = CheckpointStore(tmp_path)
     left_over = tmp_path / ".epoch-0007.pt.tmp"

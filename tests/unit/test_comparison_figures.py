@@ -250,6 +250,9 @@ def test_loss_within_a_bound_takes_the_fastest_and_then_the_most_accurate(tmp_pa
         (["--localized.rule=frozen", "--selection.kind=replay", "--selection.trace=x"], "freezing"),
         (["--localized.rule=random", "--selection.kind=replay", "--selection.trace=x"], "random"),
         (["--localized.rule=anti_hebbian"], "anti_hebbian"),
+        # the paper's direction with a step that is not the paper's
+        (["--localized.rule=hebbian", "--localized.rule_options={length: filter}"], "hebbian"),
+        (["--localized.rule=softhebb", "--selection.kind=static"], "softhebb_static"),
         (["--localized.rule=hebbian", "--selection.kind=fixed"], "hebbian_fixed"),
         (["--localized.rule=frozen", "--localized.refresh_every=4"], "frozen_refresh"),
         (["--localized.rule=none", "--stochastic_depth.survival=0.5"], "stochastic_depth"),

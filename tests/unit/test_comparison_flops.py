@@ -94,6 +94,55 @@ MLP = {"model.name": f"{__name__}:two_layers", "model.width": None}
             {"num_steps": 10, "num_refresh_steps": 3},
             (FIRST + SECOND) + 0.7 * (SECOND + FIRST) + 0.3 * (FIRST + 2 * SECOND),
         ),
+        # an update in every fourth step: as counted, and as configured where no count was recorded
+        (
+            1,
+            {"localized.rule": "hebbian", "localized.update_every": 4},
+            {"num_steps": 10, "num_update_steps": 2},
+            (FIRST + SECOND) + SECOND + 0.2 * FIRST,
+        ),
+        (1, {"localized.rule": "hebbian", "localized.update_every": 4}, {}, (FIRST + SECOND) + SECOND + FIRST / 4),
+        # every other step is a refresh step, every other one of the rest computes an update
+        (
+            1,
+            {
+                "localized.rule": "hebbian",
+                "localized.update_every": 2,
+                "localized.refresh_every": 2,
+                "localized.refresh_recompute": False,
+            },
+            {},
+            (FIRST + SECOND) + 0.25 * FIRST + 0.5 * SECOND + 0.5 * (FIRST + 2 * SECOND),
+        ),
+        # half of each refresh batch backpropagates, the other half computes the update, as all of the other steps do
+        (
+            1,
+            {"localized.rule": "hebbian", "localized.refresh_every": 2, "localized.refresh_fraction": 0.5},
+            {"num_steps": 4, "num_refresh_steps": 2, "num_update_steps": 4},
+            (FIRST + SECOND) + 0.75 * (SECOND + FIRST) + 0.25 * (FIRST + 2 * SECOND + FIRST),
+        ),
+        # a measured step backpropagates through everything, its update is computed anyway
+        (
+            1,
+            {"localized.rule": "hebbian", "localized.alignment_every": 5},
+            {"num_steps": 10, "num_update_steps": 10, "num_alignment_steps": 2},
+            (FIRST + SECOND) + SECOND + FIRST + 0.2 * (FIRST + SECOND + FIRST),
+        ),
+        # in a refresh step measuring costs the update alone
+        (
+            1,
+            {"localized.rule": "hebbian", "localized.refresh_every": 2, "localized.alignment_every": 2},
+            {"num_steps": 8, "num_refresh_steps": 4, "num_update_steps": 4, "num_alignment_steps": 2},
+            (FIRST + SECOND) + SECOND + 0.5 * FIRST + 0.5 * (FIRST + SECOND + FIRST) + 0.25 * FIRST,
+        ),
+        # Oja: outputs with outputs for each image, their sum with the weight for each batch of 64
+        (1, {"localized.rule": "oja"}, {}, (FIRST + SECOND) + SECOND + FIRST + HIDDEN**2 + HIDDEN * FIRST / 64),
+        (
+            1,
+            {"localized.rule": "oja", "localized.batch_fraction": 0.5},
+            {"world_size": 2, "per_gpu_batch": 16},
+            (FIRST + SECOND) + SECOND + (0.5 * (FIRST + HIDDEN**2) + HIDDEN * FIRST / 16) / 2,
+        ),
     ],
 )
 def test_closed_form_of_two_layers(

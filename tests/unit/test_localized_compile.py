@@ -131,3 +131,39 @@ def test_a_compiled_network_gathers_neither_in_evaluation_nor_where_it_is_discar
     assert not learner.deltas
     model(x)
     assert learner.deltas.keys() == {0, 1}
+
+
+@pytest.mark.parametrize("rule", ["oja", "softhebb", "winner", "centred", "hebbian_relative"])
+def test_every_rule_is_part_of_the_graph(rule: str) -> None:
+    eager, compiled = eager_and_compiled(rule, [4], backend="eager")
+    assert_equal_weights(eager, compiled)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_steps_that_rest_and_steps_that_are_looked_at_have_a_graph_each() -> None:
+    """However many steps: one graph that updates, one that rests, one through the whole network that is observed."""
+    weights = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        learner = LocalizedLearner(model, torch.zeros(1, 3, 8, 8), lr=0.1, update_every=5)
+        learner.advance(4)
+        if compiles:
+            model.compile(backend="eager", fullgraph=True)
+        observed_in = []
+        for step in range(20):
+            x = torch.randn(4, 3, 8, 8)
+            if step % 4 == 3:
+                with learner.observing() as observed, learner.refreshing():
+                    model(x).square().mean().backward()
+                observed_in.append(sorted(observed))
+                model.zero_grad(set_to_none=True)
+            else:
+                model(x).square().mean().backward()
+                learner.apply()
+                learner.finish_step()
+        assert observed_in == [[0, 1, 2, 3]] * 5
+        weights.append(model)
+    assert_equal_weights(*weights)
+    assert counters["stats"]["unique_graphs"] <= 4

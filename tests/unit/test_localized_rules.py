@@ -23,7 +23,7 @@ from locsgd_dist.localized import (
     rule_names,
     weight_gradient,
 )
-from locsgd_dist.localized.rules import _RULES
+from locsgd_dist.localized.rules.registry import _RULES
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SIDES = {1: (17,), 2: (9, 8), 3: (6, 5, 7)}
@@ -357,8 +357,8 @@ def registry() -> Iterator[None]:
 
 @pytest.mark.usefixtures("registry")
 def test_a_rule_of_ones_own() -> None:
-    @register_rule("centred")
-    class Centred(LocalizedRule):
+    @register_rule("mean_free")
+    class MeanFree(LocalizedRule):
         """Another error in the same product, and a step twice as long."""
 
         def signal(self, layer: Layer, z: Tensor) -> Tensor:
@@ -367,9 +367,9 @@ def test_a_rule_of_ones_own() -> None:
         def step(self, weights: list[Tensor], deltas: list[Tensor], size: float) -> None:
             super().step(weights, deltas, 2 * size)
 
-    assert "centred" in rule_names()
-    assert type(make_rule("centred")) is Centred
-    model, learner, x = learner_of("centred", lr=0.01)
+    assert "mean_free" in rule_names()
+    assert type(make_rule("mean_free")) is MeanFree
+    model, learner, x = learner_of("mean_free", lr=0.01)
     operands = record_operands(model)
     before = model.fc.weight.detach().double()
     model(x)
@@ -377,9 +377,9 @@ def test_a_rule_of_ones_own() -> None:
     a, z = operands["fc"]
     delta = outer_products(model.fc, a, z - z.mean(dim=0))
     torch.testing.assert_close(model.fc.weight.double(), before + 0.02 * delta / delta.norm(), rtol=0, atol=1e-7)
-    register_rule("centred")(Centred)  # the same class again does no harm
-    with pytest.raises(ValueError, match="a localized rule named 'centred' is registered already"):
-        register_rule("centred")(type("Other", (LocalizedRule,), {}))
+    register_rule("mean_free")(MeanFree)  # the same class again does no harm
+    with pytest.raises(ValueError, match="a localized rule named 'mean_free' is registered already"):
+        register_rule("mean_free")(type("Other", (LocalizedRule,), {}))
 
 
 @pytest.mark.usefixtures("registry")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from locsgd_dist.localized import SelectionConfig, Selector, make_selector
+from locsgd_dist.localized import SelectionConfig, Selector, criterion_values, make_selector
 from locsgd_dist.localized.selection import DynamicSelector, shift_interval
 
 
@@ -115,8 +117,8 @@ def test_a_norm_that_is_not_a_number_does_not_fire() -> None:
 
 def test_resnet50_over_90_epochs() -> None:
     """L = 54, t_shift 5: K = 11; falling at every chance the boundary stands at 15 in epoch 33, half the footprint."""
-    assert shift_interval(90, 0.75, 54, 5) == 11
     config = SelectionConfig(tshift=5, window="printed")
+    assert shift_interval(config, num_layers=54, block_size=3, epochs=90) == 11
     selector = make_selector(config, num_layers=54, block_size=3, epochs=90)
     in_force = [0, *observe(selector, [0.5**e for e in range(90)], num_layers=54)]
     assert [in_force[e] for e in (10, 11, 21, 22, 32, 33)] == [0, 5, 5, 10, 10, 15]
@@ -137,7 +139,10 @@ def test_resnet50_over_90_epochs() -> None:
     ],
 )
 def test_k(epochs: int, lmax: float, num_layers: int, shift: int, interval: int) -> None:
-    assert shift_interval(epochs, lmax, num_layers, shift) == interval
+    config = SelectionConfig(lmax=lmax, tshift=shift)
+    assert shift_interval(config, num_layers=num_layers, block_size=7, epochs=epochs) == interval
+    later = SelectionConfig(lmax=lmax, tshift=shift, start_epoch=5)
+    assert shift_interval(later, num_layers=num_layers, block_size=7, epochs=epochs + 5) == interval
 
 
 @pytest.mark.parametrize(
@@ -202,6 +207,16 @@ def schedule(config: SelectionConfig, *, num_layers: int = 10, epochs: int = 5) 
         # Never past lmax * L = 5.
         (SelectionConfig(kind="static", c1=8, c2=0.5, lmax=0.5), [0, 3, 5, 5, 5]),
         (SelectionConfig(kind="static", lmax=0.0), [0, 0, 0, 0, 0]),
+        # From epoch 2 on: 8 - 2 * (4, 1, 0).
+        (SelectionConfig(kind="static", lmax=0.8, start_epoch=2), [0, 0, 0, 6, 8]),
+        (SelectionConfig(kind="static", c1=4, c2=0, start_epoch=3), [0, 0, 0, 4, 4]),
+        # 8 * (0, 1/4, 1/2, 3/4, 1), in whole blocks of 2 and in threes; then the last epoch's boundary after half.
+        (SelectionConfig(kind="linear", lmax=0.8), [0, 2, 4, 6, 8]),
+        (SelectionConfig(kind="linear", lmax=0.8, tshift=3), [0, 0, 3, 6, 8]),
+        (SelectionConfig(kind="linear", lmax=0.8, full_at=0.5), [0, 4, 8, 8, 8]),
+        (SelectionConfig(kind="linear", lmax=0.8, tshift=1, full_at=0.75, start_epoch=1), [0, 0, 4, 8, 8]),
+        (SelectionConfig(kind="linear", lmax=0.7, full_at=0.1, start_epoch=2), [0, 0, 7, 7, 7]),
+        (SelectionConfig(kind="linear", lmax=0.0), [0, 0, 0, 0, 0]),
         (SelectionConfig(kind="fixed", boundary=4), [4, 4, 4, 4, 4]),
         (SelectionConfig(kind="fixed", boundary=10, start_epoch=3), [0, 0, 0, 10, 10]),
         (SelectionConfig(kind="fixed"), [0, 0, 0, 0, 0]),
@@ -220,6 +235,76 @@ def test_the_default_static_schedule_rises_from_0_to_lmax(num_layers: int, epoch
 
 def test_a_static_schedule_of_one_epoch() -> None:
     assert schedule(SelectionConfig(kind="static", lmax=0.8), epochs=1) == [8]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "epochs", "full_at"), [(21, 24, 0.5), (54, 90, 0.33), (11, 2, 1.0), (7, 1, 1.0)]
+)
+def test_a_linear_schedule_keeps_to_its_line(num_layers: int, epochs: int, full_at: float) -> None:
+    """Against the line itself, in exact fractions: a shift at most below it, and on it from full_at on."""
+    found = schedule(SelectionConfig(kind="linear", full_at=full_at), num_layers=num_layers, epochs=epochs)
+    limit, full = 3 * num_layers // 4, Fraction(full_at).limit_denominator(100) * (epochs - 1)
+    for epoch, boundary in enumerate(found):
+        line = limit if epoch >= full else limit * epoch / full
+        assert line - 2 < boundary <= line
+        assert boundary % 2 == 0 or boundary == limit
+    assert found == sorted(found)
+    assert found[-1] == limit
+
+
+# --- criteria, and a later start --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("criterion", "expected"),
+    [
+        ("update_norm", [3.0, 0.0, 1.0]),
+        ("relative_drift", [1.5, math.nan, 0.25]),
+        ("rate_normalised", [6.0, 0.0, 2.0]),
+        ("loss_plateau", [0.7, 0.7, 0.7]),
+    ],
+)
+def test_criteria_by_hand(criterion: Any, expected: list[float]) -> None:
+    values = criterion_values(criterion, update_norms=[3.0, 0.0, 1.0], norms=[2.0, 0.0, 4.0], sum_of_lr=0.5, loss=0.7)
+    assert values == pytest.approx(expected, nan_ok=True)
+
+
+def test_without_learning_rates_nothing_can_be_normalised() -> None:
+    values = criterion_values("rate_normalised", update_norms=[1.0], norms=[1.0], sum_of_lr=0.0, loss=0.0)
+    assert math.isnan(values[0])
+
+
+def test_a_falling_rate_alone_fires_the_update_norm_but_not_what_is_normalised() -> None:
+    """A layer that moves twice the learning rate in every epoch has not settled."""
+    boundaries = {}
+    for criterion in ("update_norm", "rate_normalised"):
+        config = SelectionConfig(criterion=criterion, tshift=2)  # type: ignore[arg-type]
+        selector = make_selector(config, num_layers=8, block_size=2, epochs=6)
+        for epoch, rate in enumerate([0.6, 0.5, 0.4, 0.3, 0.2, 0.1]):
+            values = criterion_values(
+                config.criterion, update_norms=[2 * rate] * 8, norms=[1.0] * 8, sum_of_lr=rate, loss=1.0
+            )
+            boundaries[criterion] = selector.observe(epoch, values)
+    assert boundaries == {"update_norm": 6, "rate_normalised": 0}
+
+
+def test_a_loss_that_no_longer_falls_by_hand() -> None:
+    # K = 2. Epoch: loss, .95 * mean of the last two; fires where the loss is at least that.
+    # 0: 2.0: one epoch; 1: 1.0, 1.425: still falls; 2: .98, .9405: fires -> 2; 3: one epoch since
+    # 4: .5, .70: falls; 5: .5, .475: fires -> 4; 7: risen, fires -> 6, the limit
+    config = SelectionConfig(criterion="loss_plateau", tshift=2, lmax=0.75)
+    selector = make_selector(config, num_layers=8, block_size=2, epochs=6)
+    losses = [2.0, 1.0, 0.98, 0.98, 0.5, 0.5, 0.6, 0.7, 0.7]
+    assert observe(selector, losses) == [0, 0, 2, 2, 2, 4, 4, 6, 6]
+
+
+def test_dynamic_selection_starts_later() -> None:
+    # Norms that fire at every chance; K = (24 - 6) * 2 / 15.75 = 2.28.
+    config = SelectionConfig(tshift=2, start_epoch=6)
+    selector = make_selector(config, num_layers=21, block_size=2, epochs=24)
+    in_force = [0, *observe(selector, [0.5**e for e in range(23)], num_layers=21)]
+    assert in_force[:11] == [0, 0, 0, 0, 0, 0, 2, 2, 4, 4, 6]
+    assert in_force[-1] == 15
 
 
 def test_replay_of_a_list_a_file_and_a_run(tmp_path: Path) -> None:
@@ -275,6 +360,10 @@ def test_a_fixed_boundary_beyond_the_network_is_named() -> None:
         ({"tshift": 0}, "selection.tshift must be block or a whole number >= 1, got 0"),
         ({"c1": -1.0}, "selection.c1 must be >= 0, got -1.0"),
         ({"c2": float("inf")}, "selection.c2 must be >= 0, got inf"),
+        ({"full_at": 0.0}, "selection.full_at must lie in (0, 1], got 0.0"),
+        ({"full_at": 1.1}, "selection.full_at must lie in (0, 1], got 1.1"),
+        ({"criterion": "loss_plateau", "window": "printed"}, "selection.criterion=loss_plateau needs selection.window"),
+        ({"anneal": True}, "selection.anneal=true needs hand-overs known in advance"),
         ({"boundary": -1}, "selection.boundary must be >= 0, got -1"),
         ({"start_epoch": -1}, "selection.start_epoch must be >= 0, got -1"),
         ({"kind": "replay"}, "selection.trace must name a run directory or a boundary trace"),
@@ -292,12 +381,17 @@ def test_impossible_settings_are_named(options: dict[str, Any], message: str) ->
 KINDS = [
     SelectionConfig(lmax=0.6, tshift=2),
     SelectionConfig(lmax=0.6, tshift=2, window="printed"),
+    SelectionConfig(lmax=0.6, tshift=2, start_epoch=9),
+    SelectionConfig(lmax=0.6, tshift=2, criterion="loss_plateau", alpha=0.8),
     SelectionConfig(kind="static", lmax=0.8),
+    SelectionConfig(kind="linear", lmax=0.8, start_epoch=3, full_at=0.6),
     SelectionConfig(kind="fixed", boundary=4, start_epoch=7),
 ]
 
 
-@pytest.mark.parametrize("config", KINDS, ids=lambda config: f"{config.kind} {config.window}")
+@pytest.mark.parametrize(
+    "config", KINDS, ids=lambda config: f"{config.kind} {config.window} {config.criterion} {config.start_epoch}"
+)
 def test_a_restored_selector_goes_on_as_if_nothing_had_happened(config: SelectionConfig) -> None:
     draw = random.Random(1)
     norms = [[draw.uniform(0.5, 1.0) * 0.9**e for _ in range(10)] for e in range(20)]

@@ -41,3 +41,24 @@ def test_a_restored_supervision_remembers_the_loss_before() -> None:
         restored.load_state_dict(json.loads(json.dumps(supervision.state_dict())))
         assert restored.sign == (expected[split - 1] if split else 1)
         assert [restored.observe(loss) for loss in losses[split:]] == expected[split:]
+
+
+@pytest.mark.parametrize(
+    ("alignments", "signs"),
+    [
+        # Steps that led uphill in the mean over layers are turned round; cosines are then those of the turned steps.
+        ([[0.2, -0.1], [-0.2, 0.1], [0.2, -0.1], [-0.3, 0.1]], [1, -1, -1, 1]),
+        ([[None, -0.1], [None, None], [None, 0.0]], [-1, -1, -1]),
+        ([[]], [1]),
+    ],
+)
+def test_signs_that_follow_the_alignment(alignments: list[list[float | None]], signs: list[int]) -> None:
+    supervision = WeakSupervision()
+    returned = []
+    for alignment in alignments:
+        restored = WeakSupervision()
+        restored.load_state_dict(json.loads(json.dumps(supervision.state_dict())))
+        supervision = restored
+        returned.append(supervision.follow(alignment))
+        assert supervision.sign == returned[-1]
+    assert returned == signs

@@ -64,6 +64,21 @@ def test_multiply_adds() -> None:
         assert macs.localized == sum(MACS[:t]) / 4
 
 
+def test_multiply_adds_of_rarer_and_dearer_updates() -> None:
+    boundary = 4
+    plain = steps("--localized.update_every=5")[boundary]
+    assert plain.macs(1).localized == pytest.approx(sum(MACS[:boundary]) / 5)
+    assert plain.macs(1).backward == steps()[boundary].macs(1).backward
+    assert steps("--localized.rule=random")[boundary].macs(1).localized == 0
+    oja = steps("--localized.rule=oja", "--batch.per_gpu=8")[boundary]
+    # Outputs with outputs at each position, and their sum with the weight once for a batch.
+    extra = 0.0
+    for layer in oja.updated:
+        channels, positions = layer.weight.shape[0], layer.macs // layer.weight.numel()
+        extra += positions * channels**2 + channels * layer.weight.numel() / 8
+    assert oja.macs(1).localized == pytest.approx(sum(MACS[:boundary]) + extra)
+
+
 def test_ranks_share_localized_updates_when_sharded() -> None:
     """The busiest of two ranks has at least half and of many ranks the largest layer; in other modes each has all."""
     step, alone = steps()[6], steps("--replicas.mode=all_reduce")[6]
@@ -90,6 +105,13 @@ def test_an_epochs_traffic(mode: str, exchanges: int) -> None:
     assert traffic.gradient_bytes == 100 * 4 * sum(OWNED[4:])
     assert traffic.replica_bytes == exchanges * 4 * sum(WEIGHTS[:4])
     assert traffic.replica_exchanges == exchanges
+
+
+def test_replicas_travel_only_after_updates() -> None:
+    step = steps()[4]
+    for mode, exchanges in (("sharded", 5), ("periodic", 5), ("all_reduce", 34)):  # 34 updates in 100 steps
+        traffic = epoch_traffic(step, 100, 2, ReplicaConfig(mode=mode, every=8), update_every=3)  # type: ignore[arg-type]
+        assert (traffic.replica_exchanges, traffic.gradient_bytes) == (exchanges, 100 * 4 * sum(OWNED[4:]))
 
 
 def test_one_gpu_sends_nothing() -> None:

@@ -86,6 +86,7 @@ def test_the_papers_networks_equal_real_steps_to_the_byte(name: str) -> None:
         ("--localized.rule=random",),
         ("--train.precision=bf16",),
         ("--model.name=torchvision:shufflenet_v2_x0_5",),
+        ("--model.name=planner_networks:small_densenet",),
     ],
     ids=lambda arguments: arguments[0].split("=", 1)[1],
 )

@@ -236,6 +236,17 @@ def test_all_sinks_are_closed_in_order_even_if_one_fails() -> None:
     assert len(log) == 3
 
 
+def test_a_full_disk_at_the_end_is_warned_of_and_every_sink_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    log: list[str] = []
+    full = OSError(28, "No space left on device")
+    recorder = Recorder([Closing(log, "files", full), Closing(log, "console"), Closing(log, "report", full)])
+    recorder.close()
+    assert log == ["files", "console", "report"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Closing could not write: [Errno 28] No space left on device"
+    ] * 2
+
+
 def test_report_is_refreshed_and_written_at_the_end(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with open_recorder(run, config=RunConfig(console="quiet", report_every=1)) as recorder:

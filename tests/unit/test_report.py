@@ -111,6 +111,23 @@ def test_tables(page: Page) -> None:
     assert not any("checkpoints/epoch" in cell for cell in cells)
 
 
+def test_a_pruned_run_shows_when_channels_went_and_what_is_left(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", num_epochs=4)
+    directory = RunDirectory(path)
+    shift = next(event for event in directory.load_events() if event["type"] == "shift")
+    sizes = {"num_parameters_from": 1000, "num_parameters_to": 640, "forward_macs_from": 9000, "forward_macs_to": 4500}
+    prune = {**shift, "type": "prune", "removed_channels": 12} | sizes
+    with directory.events.open("a") as file:
+        for event in (prune, prune | {"time": prune["time"] + 1, "removed_channels": 3}):
+            file.write(json.dumps({k: v for k, v in event.items() if not k.startswith("boundary")}) + "\n")
+    page = Page.of(write_report(path, plots=False))
+    assert set(page.figures) == set(TITLES)
+    assert "removal of channels 2× (dash-dotted green)" in page.figures["memory-trace"].caption
+    assert page.cells().count("prune") == 2
+    spelled = ", ".join(f"{key}={value}" for key, value in ({"removed_channels": 12} | sizes).items())
+    assert spelled in page.cells()
+
+
 def test_configuration_is_shown_word_for_word(run: Path, page: Page) -> None:
     assert "".join(page.text["pre"]) == (run / "config.yaml").read_text()
 

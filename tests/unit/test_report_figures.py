@@ -114,6 +114,27 @@ def test_rank_that_falls_has_the_other_colour(run: RunData) -> None:
     assert shrunk[0, -1, 2] > shrunk[0, -1, 0], "loss is blue"
 
 
+def test_alignment_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", num_epochs=3)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    num_layers = rows[0]["num_layers"]
+    with style.house_style():
+        assert layer_figures.draw_alignment(RunData.load(path)) is None
+    cosines = [[None] * num_layers, [0.03, None] + [0.0] * (num_layers - 2), [-0.04] + [None] * (num_layers - 1)]
+    for row, values in zip(rows, cosines, strict=True):
+        row["layer_alignment"] = values
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with style.house_style():
+        figure, caption = layer_figures.draw_alignment(RunData.load(path))
+    image = np.asarray(figure.axes[0].get_images()[0].get_array())
+    assert image[0, :, 3] == pytest.approx([0, 0.03 / 0.05, 0.04 / 0.05])
+    assert not image[1:, :, 3].any()
+    assert image[0, 1, 0] > image[0, 1, 2], "downhill is orange"
+    assert image[0, 2, 2] > image[0, 2, 0], "uphill is blue"
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["-0.05", "0", "+0.05"]
+    assert "-0.04 to +0.03" in caption
+
+
 def brute_force_peaks(path: Path, rank: int, source: str) -> dict[float, float]:
     header, *rows = [line.split(",") for line in path.read_text().splitlines()]
     picked = [row for row in rows if int(row[header.index("rank")]) == rank and row[header.index(source)]]

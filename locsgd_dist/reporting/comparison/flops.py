@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from locsgd_dist.reporting.comparison.traits import prunes, shape_of, variant_se
 from locsgd_dist.reporting.run_data import Array
 
 FLOPS_PER_MAC = 2
-_DECIDES_MACS = re.compile(r"model\..*|data\.(name|root|image_size)|localized\.rule|stochastic_depth\..*")
+_DECIDES_MACS = re.compile(r"model\..*|data\.(name|root|image_size)|localized\.rule(_options)?|stochastic_depth\..*")
 
 
 class FlopCounter:
@@ -67,22 +68,59 @@ def _macs_per_image(run: Run, metrics: Record, macs: dict[int, NetworkMacs]) -> 
         return np.nan
     at, whole = macs[boundary], macs[0]
     # With sharded replicas each layer is updated by one rank, from its own share of the batch.
-    ranks = metrics.get("world_size") or 1
-    share = localized.batch_fraction / (ranks if replicas.mode == "sharded" else 1)
-    per_image: float = at.forward + at.backward + share * at.localized
-    if refresh := refresh_share(run, metrics):
-        again = at.prefix if localized.refresh_recompute else 0
-        per_image += refresh * (whole.backward - at.backward + again - share * at.localized)
+    ranks = (metrics.get("world_size") or 1) if replicas.mode == "sharded" else 1
+    batch = metrics.get("per_gpu_batch") or run.config.batch.per_gpu
+    update = (localized.batch_fraction * at.localized + at.localized_per_batch / batch) / ranks
+    shares = StepShares.of(run, metrics)
+    per_image: float = at.forward + at.backward + shares.update * update
+    through_all = whole.backward - at.backward + (at.prefix if localized.refresh_recompute else 0)
+    if shares.refresh:
+        # Of a refresh step's batch a fraction backpropagates, and only the rest of it computes the localized update.
+        in_both = shares.refresh * shares.update if localized.refresh_fraction < 1 else 0
+        extra = shares.refresh * through_all + (shares.alignment - in_both) * update
+        per_image += localized.refresh_fraction * extra
+    elif shares.alignment:
+        # Steps that are measured fall upon those that compute an update anyway as often as upon any.
+        per_image += shares.alignment * (through_all + (1 - shares.update) * update)
     if prunes(run.config):  # the record does not say which layers have shrunk: taken as all alike
         forward = metrics.get("forward_macs")
         per_image *= forward / whole.forward if isinstance(forward, (int, float)) else np.nan
     return per_image
 
 
-def refresh_share(run: Run, metrics: Record) -> float:
-    """Share of an epoch's steps in which the localized region learnt by its true gradient too."""
-    every, steps = run.config.localized.refresh_every, metrics.get("num_steps")
-    if not every or not metrics.get("boundary"):
-        return 0.0
-    count = metrics.get("num_refresh_steps")
-    return count / steps if steps and count is not None else 1 / every
+@dataclass(frozen=True)
+class StepShares:
+    """Shares of an epoch's steps: as the record counts them, else as the configuration has them.
+
+    Attributes:
+        refresh: the localized region learnt by its true gradient too.
+        update: a localized update was computed.
+        alignment: it was compared with the gradient.
+    """
+
+    refresh: float
+    update: float
+    alignment: float
+
+    @classmethod
+    def of(cls, run: Run, metrics: Record) -> StepShares:
+        localized = run.config.localized
+        if not metrics.get("boundary"):
+            return cls(0.0, 0.0, 0.0)
+
+        def share(kind: str, otherwise: float) -> float:
+            count, steps = metrics.get(f"num_{kind}_steps"), metrics.get("num_steps")
+            return count / steps if steps and count is not None else otherwise
+
+        refresh = share("refresh", _one_in(localized.refresh_every))
+        without_update = refresh if localized.refresh_fraction == 1 else 0.0
+        measurable = refresh if localized.refresh_every else 1.0
+        return cls(
+            refresh,
+            share("update", (1 - without_update) / localized.update_every),
+            share("alignment", measurable * _one_in(localized.alignment_every)),
+        )
+
+
+def _one_in(every: int) -> float:
+    return 1 / every if every else 0.0

@@ -11,6 +11,7 @@ from typing import Any
 from locsgd_dist.config import Config
 from locsgd_dist.data import DataShape, data_shape
 from locsgd_dist.data.standard_sets import STANDARD_SETS
+from locsgd_dist.localized import SelectionConfig
 
 _SAME_RUN = re.compile(
     r"(run|monitor|checkpoint)\..*|distributed\.(backend|timeout_minutes)|selection\.trace"
@@ -47,7 +48,7 @@ class Traits:
     dataset: str
     num_gpus: int
     strategy: str
-    weak_supervision: bool
+    weak_supervision: bool | str
     batch: str
     constants: str
 
@@ -68,21 +69,27 @@ def strategy_of(config: Config) -> str:
     """The strategy by the paper's names, or what the rule and the selection say of themselves.
 
     ``sgd``, ``stochastic_depth``, ``pruning``; with a localized region: ``local_sgd`` (the paper's rule, algorithm 1),
-    ``local_sgd_static`` (appendix 6.5), ``freezing`` (on whatever boundary), else ``RULE``, ``RULE_SELECTION`` or
-    ``RULE_refresh``. Two of them at once are joined by ``+``.
+    ``local_sgd_static`` (appendix 6.5), ``freezing`` (on whatever boundary), ``freezeout`` (that after annealing), else
+    ``RULE``, ``RULE_SELECTION``, ``RULE_CRITERION`` or ``RULE_refresh``. Two of them at once are joined by ``+``.
     """
     parts = ["stochastic_depth"] if config.stochastic_depth.survival < 1 else []
     parts += ["pruning"] if prunes(config) else []
-    rule, selection = config.localized.rule, config.selection.kind
+    rule, selection = config.localized.rule, _selection_of(config.selection)
     if config.localized.refresh_every:
         parts.append(f"{rule}_refresh")
     elif rule == "frozen":
-        parts.append("freezing")
-    elif rule == "hebbian" and selection in ("dynamic", "static"):
+        parts.append("freezeout" if config.selection.anneal else "freezing")
+    elif rule == "hebbian" and not config.localized.rule_options and selection in ("dynamic", "static"):
         parts.append("local_sgd" if selection == "dynamic" else "local_sgd_static")
     elif rule != "none":
         parts.append(rule if selection in ("dynamic", "replay") else f"{rule}_{selection}")
     return "+".join(parts) or "sgd"
+
+
+def _selection_of(selection: SelectionConfig) -> str:
+    if selection.kind == "dynamic" and selection.criterion != "update_norm":
+        return selection.criterion
+    return f"{selection.kind}_annealed" if selection.anneal else selection.kind
 
 
 def prunes(config: Config) -> bool:
@@ -93,7 +100,8 @@ def prunes(config: Config) -> bool:
 def has_common_constants(config: Config) -> bool:
     """Whether localized learning has the constants that the paper uses for all networks of a data set (section 2.2)."""
     localized, selection = config.localized, config.selection
-    return (localized.lr, localized.batch_fraction, selection.alpha, selection.lmax) == (0.01, 1.0, 0.95, 0.75)
+    updates = (localized.lr, localized.batch_fraction, localized.update_every)
+    return (*updates, selection.alpha, selection.lmax, selection.start_epoch) == (0.01, 1.0, 1, 0.95, 0.75, 0)
 
 
 def dataset_of(config: Config) -> str:

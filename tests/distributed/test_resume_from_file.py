@@ -1,0 +1,89 @@
+"""`run.resume=PATH`: another run's checkpoint, or an earlier one of the same run, is where training goes on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from interrupted_runs import Outcome, numbers, run
+from plain_reference import assert_bit_equal
+from test_mid_epoch_resume import FLAGS
+
+from locsgd_dist import train
+from locsgd_dist.checkpoint import CheckpointStore, load_state
+from locsgd_dist.recording import RunDirectory
+
+SAMPLES = 40
+SHORT = [*FLAGS, f"--data.kwargs={{count: {SAMPLES}}}", "--train.epochs=3", "--batch.policy=fixed", "--batch.per_gpu=8"]
+
+
+class Whole(NamedTuple):
+    """A finished run of three epochs, of which every checkpoint is there."""
+
+    run_dir: Path
+    outcome: Outcome
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    (outcome,) = run(None, [*SHORT, "--checkpoint.keep=9", f"--run.dir={run_dir}"])
+    return Whole(run_dir, outcome)
+
+
+def resumes(run_dir: Path) -> list[dict[str, Any]]:
+    return [event for event in RunDirectory(run_dir).load_events() if event["type"] == "resume"]
+
+
+def assert_same_end(a: Outcome, b: Outcome) -> None:
+    for states in zip(a.states, b.states, strict=True):
+        assert_bit_equal(states)
+
+
+def test_a_new_run_goes_on_from_the_checkpoint_of_another(whole: Whole, tmp_path: Path) -> None:
+    path = whole.run_dir / "checkpoints" / "epoch-0001.pt"
+    before = contents(whole.run_dir)
+    (branched,) = run(None, [*SHORT, f"--run.resume={path}", f"--run.dir={tmp_path / 'branch'}"])
+    assert branched.end == "finished"
+    assert_same_end(whole.outcome, branched)
+    assert numbers(tmp_path / "branch") == numbers(whole.run_dir)[1:]
+    (resume,) = resumes(tmp_path / "branch")
+    assert (resume["epoch"], resume["samples_seen"], resume["path"]) == (1, SAMPLES, str(path))
+    assert contents(whole.run_dir) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_run_that_goes_back_to_an_earlier_checkpoint_forgets_the_later_ones(whole: Whole, tmp_path: Path) -> None:
+    """Cut off before it has passed them, it goes on from where it was, not from what it has turned its back on."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole.run_dir, run_dir)
+    folder = run_dir / "checkpoints"
+    flags = [*SHORT, "--checkpoint.every_steps=1", f"--run.dir={run_dir}"]
+    (cut,) = run(None, [*flags, f"--run.resume={folder / 'epoch-0001.pt'}"], cut_after=4)
+    assert cut.end == "cut off"
+    # Two are kept, and of the others nothing is lost.
+    assert [path.name for path in CheckpointStore(folder).paths()] == [
+        f"epoch-0001-sample-{samples:09d}.pt" for samples in (24, 32)
+    ]
+    assert load_state(folder / "epoch-0003.pt.old")["progress"]["samples_seen"] == 3 * SAMPLES
+
+    (resumed,) = run(None, flags)
+    assert resumed.end == "finished"
+    assert [resume["samples_seen"] for resume in resumes(run_dir)] == [SAMPLES, SAMPLES + 32]
+    assert_same_end(whole.outcome, resumed)
+    assert numbers(run_dir) == numbers(whole.run_dir)
+
+
+def test_a_checkpoint_of_another_network_is_refused_in_one_line(
+    whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = whole.run_dir / "checkpoints" / "epoch-0001.pt"
+    other = ["--data.kwargs={count: 90}", f"--run.resume={path}", f"--run.dir={tmp_path / 'other'}"]
+    assert train.main(["--config", "quickstart", *SHORT, *other]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert line.startswith(f"locsgd: error: run.resume: checkpoint {path} does not fit this configuration: ")

@@ -1,0 +1,272 @@
+"""The documentation's figures are those of `benchmarks/results/`, rounded.
+
+A table that shows a result stands behind a mark, `<!-- from: benchmarks/results/NAME.json -->`, and has an entry in
+`EXPECTED`, which makes its cells of the JSON file; figures in running text are in `IN_TEXT`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MIB = 2**20
+_MARKED = re.compile(r"<!-- from: benchmarks/results/([\w.-]+\.json) -->\n+((?:\|.*\n)+)")
+
+Cells = dict[str, list[str]]
+"""Expected cells by those in the first column, which is left out."""
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """Cells of a Markdown table without its head."""
+    lines = [line.strip().strip("|").split("|") for line in table.strip().splitlines()]
+    assert set("".join(lines[1])) <= set("-: "), "no table"
+    assert {len(line) for line in lines} == {len(lines[0])}
+    return [[cell.strip() for cell in line] for line in lines[2:]]
+
+
+def spread(summary: dict[str, Any], digits: int, *, scale: float = 1.0, offset: float = 0.0) -> str:
+    """Mean ± standard deviation over seeds of ``offset + scale * value``; of one seed, its value."""
+    mean = f"{offset + scale * summary['mean']:.{digits}f}"
+    return mean if summary["n"] == 1 else f"{mean} ± {abs(scale) * summary['sd']:.{digits}f}"
+
+
+def mib(number: float) -> str:
+    return f"{number / MIB:.1f} MiB" if number else "0"
+
+
+VARIANTS = {
+    "plain SGD, 20 epochs": "sgd",
+    "plain SGD, 18 epochs": "sgd-18",
+    "plain SGD, 16 epochs": "sgd-16",
+    "plain SGD for the time of LoCal+SGD (16 epochs)": "sgd-short",
+    "plain SGD, 14 epochs": "sgd-14",
+    "LoCal+SGD, dynamic (the printed rule, η = .01)": "local-dynamic",
+    "LoCal+SGD, dynamic, η = .001": "local-dynamic-eta0.001",
+    "LoCal+SGD, static schedule": "local-static",
+    "freezing, on LoCal+SGD's boundaries": "freezing",
+    "random direction, same boundaries": "random",
+    "stochastic depth, survival .5": "stochastic-depth",
+    "pruning during training": "pruning",
+}
+
+
+def variants(name: str) -> dict[str, dict[str, Any]]:
+    """The variants of a comparison of one benchmark."""
+    (benchmark,) = result(name)["benchmarks"]
+    return {variant["name"]: variant for variant in benchmark["variants"]}
+
+
+def table2_small() -> Cells:
+    found = variants("table2_small.json")
+    assert set(found) == set(VARIANTS.values())
+    return {label: _variant_cells(found[name]["figures"]) for label, name in VARIANTS.items()}
+
+
+def _variant_cells(figures: dict[str, Any]) -> list[str]:
+    return [
+        str(figures["final_error"]["n"]),
+        spread(figures["final_error"], 1, scale=-100, offset=100),
+        spread(figures["flops_ratio"], 2),
+        spread(figures["cpu_speed_up"], 2),
+        mib(figures["footprint_last_bytes"]["mean"]),
+    ]
+
+
+def doubling() -> Cells:
+    return {
+        str(epoch["epoch"] + 1): [
+            str(epoch["boundary"]),
+            str(epoch["per_gpu_batch"]),
+            mib(epoch["footprint_bytes"]),
+            str(epoch["num_steps"]),
+            str(epoch["grad_all_reduce_count"]),
+            mib(epoch["grad_all_reduce_bytes"]),
+            mib(epoch["replica_sync_bytes"]),
+            f"{epoch['images_per_second']:.0f}",
+        ]
+        for epoch in result("cifar10_doubling.json")["epochs"]
+    }
+
+
+def checkpoint_cost() -> Cells:
+    labels = {
+        "training stopped, written in the background (as it is done)": "stopped",
+        "until the file stands on disk, synced and with its checksum": "written",
+        "`torch.save` of model and optimizer": "torch.save",
+        "the same, synced": "torch.save, synced",
+    }
+    seconds = result("checkpoint_cost.json")["seconds"]
+    assert set(seconds) == set(labels.values())
+    return {label: [f"{seconds[name]['median']:.2f}"] for label, name in labels.items()}
+
+
+EXPECTED: dict[str, Callable[[], Cells]] = {
+    "table2_small.json": table2_small,
+    "cifar10_doubling.json": doubling,
+    "checkpoint_cost.json": checkpoint_cost,
+}
+#: Tables that show some of the rows.
+IN_PART = {"cifar10_doubling.json"}
+
+
+def marked_tables() -> list[Any]:
+    return [
+        pytest.param(name, table, id=f"{page.name}-{name}")
+        for page in PAGES
+        for name, table in _MARKED.findall(page.read_text(encoding="utf-8"))
+    ]
+
+
+@pytest.mark.parametrize(("name", "table"), marked_tables())
+def test_a_table_shows_its_result(name: str, table: str) -> None:
+    expected = EXPECTED[name]()
+    shown = {label: cells for label, *cells in rows_of(table)}
+    assert shown == {label: expected.get(label) for label in shown}
+    assert name in IN_PART or set(shown) == set(expected)
+
+
+def test_every_result_that_has_a_table_is_compared() -> None:
+    assert {table.values[0] for table in marked_tables()} == set(EXPECTED)
+
+
+def test_the_fault_matrix_is_the_measured_one() -> None:
+    """A cell names the ranks on which it passed: finished, nothing lost or repeated, bit-equal where comparable."""
+    measured = result("reliability.json")
+    _, text, _ = re.split("<!-- /?matrix -->", (ROOT / "docs" / "reliability.md").read_text())
+    cells = measured["matrix"]
+    same_ranks = [cell for cell in cells if cell["bit_equal"] is not None]
+    counts = [int(number) for number in re.findall(r"\d+", text.partition("\n|")[0])]
+    assert counts == [
+        len(cells),
+        sum(cell["outcome"] == "finished" for cell in cells),
+        sum(cell["samples_lost"] for cell in cells),
+        sum(cell["samples_repeated"] for cell in cells),
+        sum(cell["bit_equal"] for cell in same_ranks),
+        len(same_ranks),
+        sum(cell["footprint_equal"] for cell in same_ranks),
+    ]
+    head, *rows = re.findall(r"^\|(.*)\|$", text, re.MULTILINE)
+    moments = [cell.strip() for cell in head.split("|")[1:]]
+    shown = {}
+    for row in rows[1:]:
+        fault, *columns = (cell.strip() for cell in row.split("|"))
+        for moment, column in zip(moments, columns, strict=True):
+            ranks = [] if column == "–" else column.split(", ")
+            shown |= {(fault, moment, int(rank.strip("~").split("→")[0])): "~~" not in rank for rank in ranks}
+    assert shown == {
+        (cell["fault"], cell["moment"], cell["ranks"]): cell["outcome"] == "finished"
+        and cell["bit_equal"] is not False
+        and cell["samples_lost"] == cell["samples_repeated"] == 0
+        for cell in cells
+    }
+
+
+def soak() -> list[str]:
+    measured = result("soak.json")
+    runs = measured["runs"]
+    per_ranks: Counter[int] = Counter()
+    for run in runs:
+        per_ranks[run["ranks"]] += len(run["kills"])
+    return [
+        str(number)
+        for number in (
+            sum(per_ranks.values()),
+            max(len(run["kills"]) for run in runs),
+            sum(run["bit_equal"] for run in runs),
+            len(runs),
+            sum(run["samples_lost"] for run in runs),
+            sum(run["samples_repeated"] for run in runs),
+            *(per_ranks[ranks] for ranks in (1, 2, 4)),
+        )
+    ]
+
+
+def screen(rule: str) -> list[str]:
+    last = result(f"screen_{rule}.json")["epochs"][-1]
+    return [str(last["boundary"]), str(last["num_layers"]), f"{100 * last['val_top1']:.1f}"]
+
+
+def ratio(summary: dict[str, Any]) -> list[str]:
+    return [f"{summary[key]:.2f}" for key in ("median", "min", "max")]
+
+
+def behind_sgd(*names: str) -> list[str]:
+    """How far variants fall short of plain SGD at the same number of operations, in points."""
+    found = variants("table2_small.json")
+    return [spread(found[name]["iso_cost"]["flops"]["advantage"], 1, scale=-100) for name in names]
+
+
+#: Page, what stands there (white space aside), and the groups that the results give.
+IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
+    (
+        "reliability.md",
+        r"(\d+) kills of a random rank at a random moment, up to (\d+) in a row in one run, .* end: "
+        r"(\d+) of (\d+) runs ended bit-equal with the uninterrupted one, with (\d+) samples lost and (\d+) repeated "
+        r"\((\d+) kills on 1 rank, (\d+) on 2, (\d+) on 4\)",
+        soak,
+    ),
+    ("results.md", r"\(`localized.rule=none`\) \| (\d+) of (\d+) \| ([\d.]+) % \|", lambda: screen("none")),
+    ("results.md", r"η = .01 \(`hebbian`\) \| (\d+) of (\d+) \| ([\d.]+) % \|", lambda: screen("hebbian")),
+    (
+        "results.md",
+        r"LoCal\+SGD falls ([\d.]+ ± [\d.]+) points short of it \(η = .001: ([\d.]+ ± [\d.]+), "
+        r"static: ([\d.]+ ± [\d.]+)\), freezing ([\d.]+ ± [\d.]+) and random ([\d.]+ ± [\d.]+), .* "
+        r"falls ([\d.]+ ± [\d.]+) short",
+        lambda: behind_sgd(
+            "local-dynamic", "local-dynamic-eta0.001", "local-static", "freezing", "random", "stochastic-depth"
+        ),
+    ),
+    (
+        "results.md",
+        r"10 Hz trace / without = ([\d.]+) \(median; ([\d.]+) to ([\d.]+):",
+        lambda: ratio(result("monitor_overhead.json")["ratio_with_trace_10hz"]),
+    ),
+    (
+        "results.md",
+        r"whose tensors are counted: ([\d.]+) \(([\d.]+) to ([\d.]+)\)",
+        lambda: ratio(result("monitor_overhead.json")["ratio_measured_step"]),
+    ),
+    (
+        "strategies.md",
+        r"in turn: ([\d.]+) of its time \(median of 12 pairs, ([\d.]+)–([\d.]+)\)",
+        lambda: ratio(result("stochastic_depth.json")["ratio"]),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("page", "pattern", "expected"), IN_TEXT, ids=[f"{page}-{number}" for number, (page, *_) in enumerate(IN_TEXT)]
+)
+def test_figures_in_the_text(page: str, pattern: str, expected: Callable[[], list[str]]) -> None:
+    text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
+    found = re.search(pattern, text)
+    assert found is not None, "the sentence is gone: take its entry out too"
+    assert list(found.groups()) == expected()
+
+
+def test_the_planner_was_right_to_the_byte() -> None:
+    """The planner's table: five networks, three boundaries each, in whole MiB."""
+    records = result("planner_accuracy.json")["records"]
+    assert all(record["planned_bytes"] == record["measured_bytes"] for record in records)
+    text = (ROOT / "docs" / "planner.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^(\| network, batch 8 .*\n(?:\|.*\n)+)", text, re.MULTILINE)
+    shown = [
+        (int(boundary), size)
+        for _, *cells in rows_of(table)
+        for boundary, size in zip(cells[::2], cells[1::2], strict=True)
+    ]
+    measured = [(record["boundary"], f"{record['measured_bytes'] / MIB:.0f} MiB") for record in records]
+    assert shown == measured
+    assert len(records) == 15
