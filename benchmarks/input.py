@@ -174,7 +174,7 @@ def compare(
     device: torch.device,
     rounds: int,
 ) -> dict[str, Any]:
-    seconds = alternate({"path": path, "limit": limit}, device, rounds=rounds)
+    seconds = alternate({"path": path, "limit": limit}, device, rounds=rounds).wall
     rate = [path_images / s for s in seconds["path"]]
     limit_rate = [limit_images / s for s in seconds["limit"]]
     return {

@@ -5,7 +5,7 @@
 Same network (ResNet-18 for CIFAR), same images (scikit-learn's digits at 32 pixels), batch, optimizer, precision and
 augmentation on one process; each side trains one epoch after another in turn:
 
-- ``locsgd_dist``: the trainer's own epoch, with everything it records;
+- ``locsgd_dist``: the trainer's own epoch, with everything it measures and records, but for evaluation and checkpoints;
 - ``bare loop``: forward, backward, optimizer step over the same stream of batches, nothing else;
 - ``torchvision reference``: the loop of torchvision's classification reference (``train_one_epoch``) as a user rewrites
   it: a DataLoader of PIL images with its transforms, metrics each step;
@@ -17,7 +17,7 @@ Each side's peak memory is read in a process of its own.
 from __future__ import annotations
 
 import argparse
-import resource
+import gc
 import subprocess
 import sys
 import tempfile
@@ -42,19 +42,24 @@ from locsgd_dist.data import build_data
 from locsgd_dist.models import ModelConfig, build_model
 from locsgd_dist.trainer import Trainer
 
-CPU = torch.device("cpu")
 LR, MOMENTUM, DECAY = 0.05, 0.9, 5e-4
 SIDE, PADDING = 32, 2
 Epoch = Callable[[], Any]
 
 
-def network(width: int) -> nn.Module:
+def network(options: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(ModelConfig(name="resnet18", width=width), 10).to(memory_format=torch.channels_last).train()
+    model = build_model(ModelConfig(name="resnet18", width=options.width), 10).to(options.device).train()
+    return model.to(memory_format=torch.channels_last)
+
+
+def autocast(options: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16")
 
 
 def trainer_side(options: argparse.Namespace, stack: ExitStack) -> Epoch:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
+    gc.freeze()  # as `python -m locsgd_dist.train` does
     trainer = stack.enter_context(
         Trainer(
             parse_config(
@@ -66,19 +71,22 @@ def trainer_side(options: argparse.Namespace, stack: ExitStack) -> Epoch:
                     "--localized.rule=none",
                     "--train.epochs=100000",
                     "--train.channels_last=true",
+                    f"--train.device={options.device.type}",
+                    f"--train.precision={options.precision}",
                     "--optim.schedule=constant",
                     f"--run.dir={folder}/run",
                     "--run.console=quiet",
                     "--run.report_every=null",
+                    # What the other sides do not have either.
+                    "--train.evaluate_every=100000",
+                    "--checkpoint.every_epochs=100000",
                 ]
             )
         )
     )
 
     def run() -> None:
-        # An epoch without its evaluation, which the other sides do not have.
-        trainer._train_epoch()
-        trainer.progress.end_epoch()
+        trainer._run_epoch()
 
     return run
 
@@ -92,12 +100,12 @@ def bare_side(options: argparse.Namespace, stack: ExitStack) -> Epoch:
             rank=0,
             world_size=1,
             local_world_size=1,
-            device=CPU,
+            device=options.device,
             per_gpu_batch=options.batch,
             channels_last=True,
         )
     )
-    model = network(options.width)
+    model = network(options)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
     number = [0]
 
@@ -105,7 +113,8 @@ def bare_side(options: argparse.Namespace, stack: ExitStack) -> Epoch:
         number[0] += 1
         data.train.set_epoch(number[0])
         for batch in data.train:
-            loss = F.cross_entropy(model(batch.images), batch.targets)
+            with autocast(options):
+                loss = F.cross_entropy(model(batch.images), batch.targets)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -144,18 +153,24 @@ def torchvision_side(options: argparse.Namespace, stack: ExitStack) -> Epoch:
         ]
     )
     loader = DataLoader(
-        Digits(transform, count=options.images), batch_size=options.batch, shuffle=True, num_workers=options.workers
+        Digits(transform, count=options.images),
+        batch_size=options.batch,
+        shuffle=True,
+        num_workers=options.workers,
+        pin_memory=options.device.type == "cuda",
     )
-    model = network(options.width)
+    model = network(options)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
 
     def run() -> None:
         model.train()
         for image, target in loader:
-            image = image.to(CPU, memory_format=torch.channels_last)
-            output = model(image)
-            loss = criterion(output, target)
+            image = image.to(options.device, non_blocking=True, memory_format=torch.channels_last)
+            target = target.to(options.device, non_blocking=True)
+            with autocast(options):
+                output = model(image)
+                loss = criterion(output, target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -186,9 +201,10 @@ def timm_side(options: argparse.Namespace, stack: ExitStack) -> Epoch:
         hflip=0.0,
         num_workers=options.workers,
         persistent_workers=False,
-        device=CPU,
+        pin_memory=options.device.type == "cuda",
+        device=options.device,
     )
-    model = network(options.width)
+    model = network(options)
     optimizer = create_optimizer_v2(model, opt="sgd", lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
     criterion = nn.CrossEntropyLoss()
 
@@ -196,8 +212,10 @@ def timm_side(options: argparse.Namespace, stack: ExitStack) -> Epoch:
         losses = AverageMeter()
         model.train()
         for image, target in loader:
-            image = image.contiguous(memory_format=torch.channels_last)
-            loss = criterion(model(image), target)
+            image = image.to(options.device, memory_format=torch.channels_last)
+            target = target.to(options.device)
+            with autocast(options):
+                loss = criterion(model(image), target)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -214,7 +232,7 @@ SIDES: dict[str, Callable[[argparse.Namespace, ExitStack], Epoch]] = {
 }
 
 
-def peak_megabytes(side: str) -> float:
+def peak_mebibytes(side: str) -> float:
     """Peak resident memory of a process that trains two epochs of one side."""
     command = [sys.executable, *sys.argv, "--memory-of", side]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
@@ -227,38 +245,47 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="of the two loaders; 0: in the training process")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--memory-of", choices=list(SIDES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    options.device = torch.device(options.device)
     options.images = 1437  # the trainer's own split of the digits
     with ExitStack() as stack:
         if options.memory_of:
             epoch = SIDES[options.memory_of](options, stack)
             epoch()
             epoch()
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            # Not getrusage: its peak is handed down from the process that forked this one.
+            status = Path("/proc/self/status").read_text()
+            print(float(status.split("VmHWM:")[1].split()[0]) / 1024)
             return
         epochs = {side: SIDES[side](options, stack) for side in options.sides}
-        seconds = alternate(epochs, CPU, rounds=options.rounds)
+        taken = alternate(epochs, options.device, rounds=options.rounds)
     rows = [
         {
             "side": side,
-            "images_per_second": spread([options.images / s for s in values]),
-            "time_over_bare_loop": ratio(values, seconds["bare loop"]),
-            "peak_rss_mib": peak_megabytes(side),
+            "images_per_second": spread([options.images / s for s in taken.wall[side]]),
+            "time_over_bare_loop": ratio(taken.wall[side], taken.wall["bare loop"]),
+            "cpu_time_over_bare_loop": ratio(taken.cpu[side], taken.cpu["bare loop"]),
+            "peak_rss_mib": peak_mebibytes(side),
         }
-        for side, values in seconds.items()
+        for side in epochs
     ]
-    settings = {key: getattr(options, key) for key in ("width", "batch", "rounds", "workers")}
-    write_json(options.output, environment(CPU) | settings | {"sides": rows})
-    table = Table("side", "images/s", "time / bare loop", "peak RSS", title="one epoch of plain SGD")
+    settings = {key: getattr(options, key) for key in ("width", "batch", "rounds", "workers", "precision")}
+    write_json(options.output, environment(options.device) | settings | {"sides": rows})
+    table = Table(
+        "side", "images/s", "time / bare loop", "CPU time / bare loop", "peak RSS", title="one epoch of plain SGD"
+    )
     for row in rows:
         table.add_row(
             row["side"],
             f"{row['images_per_second']['median']:,.0f}",
             "{median:.3f} ({min:.2f}-{max:.2f})".format(**row["time_over_bare_loop"]),
+            "{median:.3f} ({min:.2f}-{max:.2f})".format(**row["cpu_time_over_bare_loop"]),
             f"{row['peak_rss_mib']:,.0f} MiB",
         )
     Console().print(table)
