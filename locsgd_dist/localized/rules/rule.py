@@ -11,6 +11,7 @@ from locsgd_dist.localized.layers import Layer
 from locsgd_dist.localized.rules.products import weight_gradient
 
 _TINY = torch.finfo(torch.float32).tiny
+_LEAST_NORM = 1e-30
 
 StepLength = Literal["absolute", "layer", "filter"]
 
@@ -73,9 +74,9 @@ class LocalizedRule:
         step is a function of its own weight and update.
         """
         if self.length == "absolute" and not self.hold_norm:
-            norms = torch._foreach_norm(deltas)
-            torch._foreach_clamp_min_(norms, _TINY)
-            torch._foreach_add_(weights, torch._foreach_div(deltas, norms), alpha=size)
+            # One pass over the weights: the quotient is taken of scalars, and stays finite for any size below 1e8.
+            scales = [size / norm.clamp_min(_LEAST_NORM) for norm in torch._foreach_norm(deltas)]
+            torch._foreach_addcmul_(weights, deltas, scales)
             return
         for weight, delta in zip(weights, deltas, strict=True):
             before = _filter_norms(weight)
