@@ -112,7 +112,82 @@ def checkpoint_cost() -> Cells:
     return {label: [f"{seconds[name]['median']:.2f}"] for label, name in labels.items()}
 
 
+NETWORKS = {
+    "ResNet-18": "resnet18",
+    "VGG-13": "vgg13",
+    "ResNet-34": "resnet34",
+    "ResNet-50": "resnet50",
+    "MobileNetV2": "mobilenet_v2",
+}
+
+
+def at_three_quarters(name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Records of a benchmark of steps by network and mode, at 75 % of the layers; plain SGD's are at none."""
+    found: dict[str, dict[str, dict[str, Any]]] = {label: {} for label in NETWORKS}
+    labels = {network: label for label, network in NETWORKS.items()}
+    for record in result(name)["steps"]:
+        if record.get("share_of_layers", 0.75) == 0.75:
+            found[labels[record["network"]]][record["mode"]] = record
+    return found
+
+
+def ranged(summary: dict[str, float], digits: int = 2) -> str:
+    middle, least, most = (f"{summary[key]:.{digits}f}" for key in ("median", "min", "max"))
+    return f"{middle} ({least}–{most})"
+
+
+def step_time() -> Cells:
+    def faster(record: dict[str, Any]) -> str:
+        return f"{ranged(record['cpu_speed_up_over_sgd'])}, limit {record['limit']:.2f}"
+
+    return {
+        label: [
+            f"{modes['sgd']['cpu_milliseconds']:.0f} ms",
+            *(faster(modes[mode]) for mode in ("hebbian", "hebbian 1/8", "frozen", "refresh/4")),
+            faster(modes["refresh of 1/4 each step"]),
+            ranged(modes["hebbian 1/8"]["cpu_time_over_frozen"]),
+        ]
+        for label, modes in at_three_quarters("step_time.json").items()
+    }
+
+
+def memory() -> Cells:
+    modes_shown = ("frozen", "hebbian 1/8", "refresh of 1/4 each step", "refresh step, recomputed", "refresh step")
+    return {
+        label: [
+            f"{modes['sgd']['peak_bytes'] / MIB:.0f} MiB",
+            *(f"{modes[mode]['peak_over_sgd']:.2f}" for mode in modes_shown),
+            f"{modes['frozen']['share_of_activations_freed']:.2f}",
+            f"{modes['frozen']['share_of_layer_inputs_freed']:.2f}",
+        ]
+        for label, modes in at_three_quarters("memory.json").items()
+    }
+
+
+def overhead() -> Cells:
+    labels = {
+        "`locsgd_dist`": "locsgd_dist",
+        "bare loop": "bare loop",
+        "torchvision's reference, rewritten": "torchvision reference",
+        "timm's parts": "timm",
+    }
+    sides = {side["side"]: side for side in result("overhead.json")["sides"]}
+    assert set(sides) == set(labels.values())
+    return {
+        label: [
+            f"{sides[name]['images_per_second']['median']:.0f}",
+            ranged(sides[name]["time_over_bare_loop"], 3),
+            ranged(sides[name]["cpu_time_over_bare_loop"], 3),
+            f"{sides[name]['peak_rss_mib']:.0f} MiB",
+        ]
+        for label, name in labels.items()
+    }
+
+
 EXPECTED: dict[str, Callable[[], Cells]] = {
+    "step_time.json": step_time,
+    "memory.json": memory,
+    "overhead.json": overhead,
     "table2_small.json": table2_small,
     "cifar10_doubling.json": doubling,
     "checkpoint_cost.json": checkpoint_cost,

@@ -137,37 +137,6 @@ def test_convolutions(convolution: tuple[nn.Module, Tensor], dtype: torch.dtype)
     assert_close(weight_gradient(module, a, error), outer_products(module, a, error), relative)
 
 
-# Wide ones go through blocks of patches: several samples a block, rows of one sample, one row.
-WIDE_CASES: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
-    ({"kernel_size": 3, "padding": 1}, (7, 16, 9)),
-    ({"kernel_size": 3, "padding": 1}, (2, 37, 40)),
-    ({"kernel_size": 3, "stride": 2, "padding": 1}, (3, 61, 41)),
-    ({"kernel_size": (1, 7), "stride": (1, 2), "padding": (0, 3)}, (2, 9, 700)),
-    ({"kernel_size": (5, 2), "stride": (3, 1), "padding": (2, 0)}, (5, 20, 13)),
-    ({"kernel_size": (3, 4), "padding": "same", "padding_mode": "reflect"}, (3, 8, 9)),
-    ({"kernel_size": 3, "padding": "valid"}, (1, 3, 3)),
-]
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("options", "shape"), WIDE_CASES, ids=[f"{o} {s}" for o, s in WIDE_CASES])
-def test_wide_convolutions(
-    options: dict[str, Any], shape: tuple[int, int, int], memory_format: torch.memory_format
-) -> None:
-    torch.manual_seed(0)
-    module = nn.Conv2d(64, 72, **options).to(memory_format=memory_format).requires_grad_(False)
-    a = torch.randn(shape[0], 64, *shape[1:]).contiguous(memory_format=memory_format)
-    error = torch.randn_like(module(a))
-    exact = nn.Conv2d(64, 72, **options).double()
-    exact(a.double()).backward(error.double())
-    assert_close(weight_gradient(module, a, error), exact.weight.grad, 1e-5)
-    # Part of a batch, as the learner hands it over.
-    exact.zero_grad()
-    exact(a[:1].double()).backward(error[:1].double())
-    assert_close(weight_gradient(module, a[:1], error[:1]), exact.weight.grad, 1e-5)
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_convolution_without_a_batch_dimension(convolution: tuple[nn.Module, Tensor]) -> None:
     module, a = convolution

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from locsgd_dist.localized.rules.columns import column_weight_gradient, suits_columns
-
 
 def weight_gradient(module: nn.Module, a: Tensor, error: Tensor) -> Tensor:
     """The gradient of a convolution's or linear map's weight if ``error`` were the loss's gradient at its output.
@@ -92,9 +90,6 @@ def _weight_gradient(module: nn.Module, a: Tensor, error: Tensor) -> Tensor:
         a = F.pad(a, module._reversed_padding_repeated_twice)
     elif module.padding != "valid":
         padding = module.padding  # type: ignore[assignment]
-    kernel = module.weight.shape[2:]
-    if suits_columns(error, a, kernel, module.dilation, module.groups):
-        return column_weight_gradient(error, a, kernel, module.stride, padding)
     weight = module.weight.to(error.dtype)
     return _convolution_weight_gradient(error, a, weight, module.stride, padding, module.dilation, module.groups)
 
