@@ -59,7 +59,6 @@ def autocast(options: argparse.Namespace) -> torch.autocast:
 
 def trainer_side(options: argparse.Namespace, stack: ExitStack) -> Epoch:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    gc.freeze()  # as `python -m locsgd_dist.train` does
     trainer = stack.enter_context(
         Trainer(
             parse_config(
@@ -264,6 +263,8 @@ def main() -> None:
             print(float(status.split("VmHWM:")[1].split()[0]) / 1024)
             return
         epochs = {side: SIDES[side](options, stack) for side in options.sides}
+        # As `python -m locsgd_dist.train` does: one side's collections must not pay for what the others have imported.
+        gc.freeze()
         taken = alternate(epochs, options.device, rounds=options.rounds)
     rows = [
         {

@@ -123,6 +123,7 @@ def check_config(config: Config, where: Literal["here", "shared", "elsewhere"] =
         check_model(config.model)
         check_baselines(config)
         _check_annealing(config)
+        _check_pace(config)
         config.localized.make_rule()
         if where == "here":
             _check_device(config.train)
@@ -137,6 +138,16 @@ def _check_annealing(config: Config) -> None:
         raise ValueError(
             f"selection.anneal=true needs localized.refresh_every=0, got {config.localized.refresh_every}: the "
             "learning rate of a layer that has been handed over is 0"
+        )
+
+
+def _check_pace(config: Config) -> None:
+    selection, last = config.selection, config.train.epochs - 1
+    full = selection.full_at * last
+    if selection.kind == "linear" and last > 0 and selection.start_epoch >= full:
+        raise ValueError(
+            f"selection.start_epoch must be below selection.full_at * (train.epochs - 1) = {full:g}, "
+            f"got {selection.start_epoch}"
         )
 
 

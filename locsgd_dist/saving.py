@@ -81,7 +81,7 @@ class Checkpointer:
             world_size_before=state["world_size"],
         )
         if self._runtime.is_main:
-            self.store.set_aside_after(self._position())
+            self.store.go_on_from(path, self._position())
             clear_marker(self._directory.preempted)
         return True
 

@@ -198,6 +198,9 @@ class TrainStep:
             finally:
                 self._alignment.discard()
                 self._optimizer.zero_grad()
+                # An optimizer that has released parameters does not know them any more.
+                for parameter in self._learner.released:
+                    parameter.grad = None
                 for buffer, before in zip(model.buffers(), buffers, strict=True):
                     buffer.copy_(before)
 
@@ -251,11 +254,12 @@ def _divided(batch: Batch, fraction: float) -> list[_Pass]:
     whole += size - whole == 1
     # Where nothing is left over, one sample stands in that counts for nothing.
     rest = slice(whole, None) if whole < size else slice(0, 1)
-    passes = [(slice(0, whole), whole, True)] if whole else []
-    passes.append((rest, size - whole, False))
+    # The step's samples over all ranks are counted with the part that every rank has.
+    passes = [(slice(0, whole), 0, whole, True)] if whole else []
+    passes.append((rest, batch.global_size, size - whole, False))
     return [
-        _Pass(Batch(batch.images[part], batch.targets[part], batch.global_size, count), is_whole)
-        for part, count, is_whole in passes
+        _Pass(Batch(batch.images[part], batch.targets[part], global_size, count), is_whole)
+        for part, global_size, count, is_whole in passes
     ]
 
 

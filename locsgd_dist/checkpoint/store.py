@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,14 +142,27 @@ class CheckpointStore:
                 log.warning("%s; trying the one before", error)
         return None
 
-    def set_aside_after(self, position: Position) -> None:
-        """Renames checkpoints behind ``position``, to ``NAME.old``: a run goes on from there, and will take its own.
+    def go_on_from(self, source: Path, position: Position) -> None:
+        """Makes ``source``, which was taken at ``position``, the newest checkpoint of the folder.
 
-        They would count as its newest ones, and push out those that it is going to write.
+        A file from elsewhere gets its numbered name here too, so that a process that is killed before it has saved is
+        followed by one that goes on from the same place. Checkpoints behind it are renamed (``NAME.old``, then
+        ``NAME.old-2``, ...): they would count as the newest, and push out those that the run is going to write.
         """
+        home = self.folder / position.file_name
+        is_elsewhere = not (home.exists() and home.samefile(source))
         for path in self.paths():
-            if position_of(path) > position:
-                path.replace(path.with_name(f"{path.name}.old"))
+            if position_of(path) > position or (path == home and is_elsewhere):
+                path.replace(_unused(path.with_name(f"{path.name}.old")))
+        if is_elsewhere:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f".{home.name}.tmp"
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(source, temporary)
+            except OSError:  # on another file system
+                shutil.copyfile(source, temporary)
+            os.replace(temporary, home)
 
     def _outcome_of_saving(self, state: dict[str, Any], position: Position, is_best: bool) -> Written:
         path = self.folder / position.file_name
@@ -158,6 +173,15 @@ class CheckpointStore:
 
     def _is_inside(self, path: Path) -> bool:
         return path.resolve().parent == self.folder.resolve()
+
+
+def _unused(path: Path) -> Path:
+    """``path``, or the first of ``path-2``, ``path-3``, ... that does not exist."""
+    numbers = itertools.count(2)
+    found = path
+    while found.exists():
+        found = path.with_name(f"{path.name}-{next(numbers)}")
+    return found
 
 
 def position_of(path: Path) -> Position:

@@ -63,6 +63,11 @@ def manifest(job: Job, cluster: ClusterSettings) -> str:
     """
     if job.config.run.resume == "never":
         raise ValueError("run.resume=never would start afresh whenever a pod is replaced; choose another run.dir")
+    if job.config.run.resume != "auto":
+        raise ValueError(
+            f"run.resume must be auto, got {job.config.run.resume}: a file would be gone back to whenever a pod is "
+            "replaced; copy it into the checkpoints of a new run.dir"
+        )
     run_dir = run_dir_in_pod(job.config.run.dir)
     documents = yaml.safe_load_all(TEMPLATES.joinpath("kubeflow/trainjob.yaml").read_text(encoding="utf-8"))
     config_map, train_job = documents

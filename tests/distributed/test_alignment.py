@@ -101,6 +101,20 @@ def cosines(model: PlainNet, boundary: int, images: Tensor, targets: Tensor, sha
     return found
 
 
+def test_a_tried_step_leaves_nothing_for_the_next_measurement() -> None:
+    measured = []
+    for tries in (False, True):
+        torch.manual_seed(0)
+        training = Training(PlainNet(), boundary=3, alignment_every=1)
+        training.run()
+        if tries:
+            training.step.trial(2 * BATCH, (3, 8, 8), 4)
+            assert all(parameter.grad is None for parameter in training.model.parameters())
+        training.run()
+        measured.append(training.alignment.take())
+    assert measured[0] == measured[1]
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("refresh_every", [0, 1])
 @pytest.mark.parametrize(("rule", "sign"), [("hebbian", 1.0), ("hebbian", -1.0), ("anti_hebbian", 1.0)])

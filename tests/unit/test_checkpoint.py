@@ -82,11 +82,27 @@ def test_checkpoints_behind_the_one_gone_on_from_do_not_push_out_the_next_ones(t
     store = CheckpointStore(tmp_path, keep=1)
     store.save(state(1), Position(1))
     (tmp_path / "epoch-0002.pt").write_bytes(b"torn")
-    store.set_aside_after(Position(1))
+    store.go_on_from(tmp_path / "epoch-0001.pt", Position(1))
     store.save(state(5), Position(1, 8))
     assert [path.name for path in store.paths()] == ["epoch-0001-sample-000000008.pt"]
     assert store.load_newest()[1]["epoch"] == 5
     assert (tmp_path / "epoch-0002.pt.old").read_bytes() == b"torn"
+
+
+def test_a_file_from_elsewhere_becomes_the_newest_and_nothing_is_lost(tmp_path):
+    elsewhere = CheckpointStore(tmp_path / "elsewhere")
+    elsewhere.save(state(7), Position(2))
+    store = CheckpointStore(tmp_path / "here")
+    for epoch in (1, 2, 3):
+        store.save(state(epoch), Position(epoch))
+    for _ in range(2):  # gone back to twice, with another checkpoint of epoch 3 in between
+        store.go_on_from(elsewhere.folder / "epoch-0002.pt", Position(2))
+        assert store.load_newest()[1]["epoch"] == 7
+        assert store.load_newest()[0].name == "epoch-0002.pt"
+        store.save(state(30), Position(3))
+    kept = {path.name: load_state(path)["epoch"] for path in store.folder.glob("*.old*")}
+    assert kept == {"epoch-0002.pt.old": 2, "epoch-0003.pt.old": 3, "epoch-0003.pt.old-2": 30}
+    assert elsewhere.load_newest()[1]["epoch"] == 7
 
 
 def test_what_a_killed_writer_left_is_cleared_away_and_never_loaded(tmp_path):

@@ -40,10 +40,12 @@ def make_rule(name: str, seed: int = 0, options: Mapping[str, Any] | None = None
             value that is not of its type.
     """
     rule = _rule_class(name)
-    if not options:
-        return rule(seed)
-    _check_options(name, rule, options)
-    return rule(seed, **options)
+    if options:
+        _check_options(name, rule, options)
+    try:
+        return rule(seed, **(options or {}))
+    except TypeError as error:
+        raise ValueError(f"localized.rule {name} cannot be made: {error}") from None
 
 
 def _rule_class(name: str) -> type[LocalizedRule]:
@@ -60,7 +62,7 @@ def _rule_class(name: str) -> type[LocalizedRule]:
 def _imported_rule(module_name: str, class_name: str) -> type[LocalizedRule]:
     try:
         rule = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # somebody's module may fail with anything
         raise ValueError(f"localized.rule {module_name}:{class_name} cannot be imported: {error}") from None
     if not (isinstance(rule, type) and issubclass(rule, LocalizedRule)):
         raise ValueError(f"localized.rule {module_name}:{class_name} must be a class derived from LocalizedRule")
@@ -70,7 +72,10 @@ def _imported_rule(module_name: str, class_name: str) -> type[LocalizedRule]:
 def _check_options(name: str, rule: type[LocalizedRule], options: Mapping[str, Any]) -> None:
     keywords = inspect.Parameter.KEYWORD_ONLY
     taken = [p.name for p in inspect.signature(rule).parameters.values() if p.kind == keywords]
-    types = get_type_hints(rule.__init__)
+    try:
+        types = get_type_hints(rule.__init__)
+    except Exception:  # names that exist for type checkers alone: values are then taken as they are
+        types = {}
     for key, value in options.items():
         if key not in taken:
             listed = f"takes {', '.join(taken)}" if taken else "takes none"
