@@ -222,6 +222,7 @@ def test_job_names_are_labels(text: str):
         (("kubeflow", "--gpus-per-node=1"), "--image must name the container image"),
         (("kubeflow", "--gpus-per-node=1", "--image=i", "--run.dir=/elsewhere"), "run.dir must be a folder below"),
         (("kubeflow", "--gpus-per-node=1", "--image=i", "--run.resume=never"), "run.resume=never would start afresh"),
+        (("kubeflow", "--gpus-per-node=1", "--image=i", "--run.resume=epoch-0001.pt"), "run.resume must be auto"),
         (("kubeflow", "--gpus-per-node=1", "--image=i", "--memory-per-rank=much"), "--memory-per-rank must be"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
