@@ -40,7 +40,10 @@ BAD = [
     ("--localized.weak_supervision=alignment", "localized.alignment_every"),
     ("--localized.weak_supervision=sometimes", "localized.weak_supervision"),
     ("--stochastic_depth.survival=0.5 --localized.alignment_every=2", "localized.alignment_every"),
-    ("--selection.kind=linear --selection.full_at=0.5 --selection.start_epoch=60 --train.epochs=100", "selection.start_epoch"),
+    (
+        "--selection.kind=linear --selection.full_at=0.5 --selection.start_epoch=60 --train.epochs=100",
+        "selection.start_epoch",
+    ),
     ("--localized.batch_fraction=0", "localized.batch_fraction"),
     ("--localized.norm_statistics=still", "localized.norm_statistics"),
     ("--stochastic_depth.survival=0", "stochastic_depth.survival"),
