@@ -74,6 +74,19 @@ def table2_small() -> Cells:
     return {label: _variant_cells(found[name]["figures"]) for label, name in VARIANTS.items()}
 
 
+BENCH_S = {
+    "SGD everywhere, 24 epochs": "sgd",
+    "nothing (`frozen`)": "frozen",
+    "a true step in every fourth, kept whole": "frozen-refresh4",
+}
+
+
+def bench_s() -> Cells:
+    found = variants("bench_s.json")
+    assert set(found) == set(BENCH_S.values())
+    return {label: _variant_cells(found[name]["figures"]) for label, name in BENCH_S.items()}
+
+
 def _variant_cells(figures: dict[str, Any]) -> list[str]:
     return [
         str(figures["final_error"]["n"]),
@@ -185,6 +198,7 @@ def overhead() -> Cells:
 
 
 EXPECTED: dict[str, Callable[[], Cells]] = {
+    "bench_s.json": bench_s,
     "step_time.json": step_time,
     "memory.json": memory,
     "overhead.json": overhead,
