@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,21 +149,39 @@ class CheckpointStore:
         A file from elsewhere gets its numbered name here too, so that a process that is killed before it has saved is
         followed by one that goes on from the same place. Checkpoints behind it are renamed (``NAME.old``, then
         ``NAME.old-2``, ...): they would count as the newest, and push out those that the run is going to write.
+
+        Raises:
+            ValueError: the file cannot be kept here; nothing has been renamed.
         """
         home = self.folder / position.file_name
-        is_elsewhere = not (home.exists() and home.samefile(source))
+        if not (home.exists() and home.samefile(source)):
+            # The copy stands before anything is renamed: killed in between, the next start finds what was there.
+            temporary = self._copied(source, home)
+            if home.exists():
+                home.replace(_unused(home.with_name(f"{home.name}.old")))
+            os.replace(temporary, home)
         for path in self.paths():
-            if position_of(path) > position or (path == home and is_elsewhere):
+            if position_of(path) > position:
                 path.replace(_unused(path.with_name(f"{path.name}.old")))
-        if is_elsewhere:
+
+    def _copied(self, source: Path, home: Path) -> Path:
+        temporary = home.with_name(f".{home.name}.tmp")
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".{home.name}.tmp"
             temporary.unlink(missing_ok=True)
             try:
                 os.link(source, temporary)
             except OSError:  # on another file system
-                shutil.copyfile(source, temporary)
-            os.replace(temporary, home)
+                with source.open("rb") as original, temporary.open("wb") as copy:
+                    shutil.copyfileobj(original, copy)
+                    copy.flush()
+                    os.fsync(copy.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            reason = error.strerror or error
+            raise ValueError(f"run.resume: checkpoint {source} cannot be kept in {self.folder}: {reason}") from None
+        return temporary
 
     def _outcome_of_saving(self, state: dict[str, Any], position: Position, is_best: bool) -> Written:
         path = self.folder / position.file_name

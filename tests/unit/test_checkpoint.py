@@ -105,6 +105,19 @@ def test_a_file_from_elsewhere_becomes_the_newest_and_nothing_is_lost(tmp_path):
     assert elsewhere.load_newest()[1]["epoch"] == 7
 
 
+def test_a_file_that_cannot_be_kept_here_leaves_everything_as_it_was(tmp_path):
+    elsewhere = CheckpointStore(tmp_path / "elsewhere")
+    elsewhere.save(state(7), Position(2))
+    store = CheckpointStore(tmp_path / "here")
+    for epoch in (2, 3):
+        store.save(state(epoch), Position(epoch))
+    (store.folder / ".epoch-0002.pt.tmp").mkdir()  # neither linked nor copied over
+    with pytest.raises(ValueError, match=r"run.resume: checkpoint .*epoch-0002.pt cannot be kept in .*here: "):
+        store.go_on_from(elsewhere.folder / "epoch-0002.pt", Position(2))
+    assert [load_state(path)["epoch"] for path in store.paths()] == [2, 3]
+    assert not list(store.folder.glob("*.old*"))
+
+
 def test_what_a_killed_writer_left_is_cleared_away_and_never_loaded(tmp_path):
     store = CheckpointStore(tmp_path)
     left_over = tmp_path / ".epoch-0007.pt.tmp"
