@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 INCIDENTS = frozenset({"oom", "preempt", "resume"})
 """Events of wall-clock time, which a resumed run does not repeat: they stay on record."""
+AFTER_EPOCH = frozenset({"shift", "collapse"})
+"""Events that follow an epoch's record: a run that resumes behind the epoch's last sample, but before that record,
+repeats them. (A shift before the first sample belongs to no epoch.)"""
 
 
 class Sink:
@@ -64,8 +67,13 @@ class JsonlSink(Sink):
         self._events.keep(
             event
             for event in self._directory.load_events()
-            if event.get("samples_seen", 0) <= samples_seen or event.get("type") in INCIDENTS
+            if event.get("type") in INCIDENTS
+            or (event.get("samples_seen", 0) <= samples_seen and not self._is_repeated(event, epoch))
         )
+
+    @staticmethod
+    def _is_repeated(event: Record, epoch: int) -> bool:
+        return event.get("type") in AFTER_EPOCH and event.get("epoch", 0) > epoch and event.get("samples_seen", 0) > 0
 
     def close(self) -> None:
         self._metrics.close()

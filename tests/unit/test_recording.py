@@ -194,6 +194,19 @@ def test_a_checkpoint_inside_an_epoch_keeps_what_came_before_it(tmp_path: Path) 
     assert [e["samples_seen"] for e in lines(run / "events.jsonl")] == [50, 100, 150, 200, 250]
 
 
+def test_a_checkpoint_behind_the_last_sample_of_an_epoch_keeps_nothing_that_follows_the_epoch(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with open_files(run) as recorder:
+        recorder.event("shift", epoch=0, samples_seen=0)
+        record_epochs(recorder, range(2), "first")
+        recorder.event("collapse", epoch=1, samples_seen=200)
+    with open_files(run) as recorder:
+        recorder.truncate_to(0, samples_seen=200)  # epoch 1 has been trained, and not yet evaluated
+        recorder.event("collapse", epoch=1, samples_seen=200)
+    kept = [(event["type"], event["samples_seen"]) for event in lines(run / "events.jsonl")]
+    assert kept == [("shift", 0), ("warning", 50), ("shift", 100), ("warning", 150), ("collapse", 200)]
+
+
 def test_nothing_is_left_before_the_first_epoch(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with open_files(run) as recorder:
