@@ -65,6 +65,16 @@ class BatchController:
             batches_per_step=runtime.world_size * config.train.gradient_accumulation,
         )
 
+    @property
+    def _configured(self) -> int:
+        """Batch of all ranks at the run's start."""
+        return self._config.batch.per_gpu * self._start_world_size
+
+    @property
+    def configured_steps_per_epoch(self) -> float:
+        """Optimizer steps of an epoch at the run's first global batch; a last short one counts as its share."""
+        return self._data.num_train / (self._configured * self._config.train.gradient_accumulation)
+
     def grow(self, metrics: Mapping[str, Any], *, is_last: bool) -> None:
         """At an epoch's edge, after the boundary has moved: tries a larger batch and takes it if it fits.
 
@@ -184,8 +194,7 @@ class BatchController:
 
     def _scale_learning_rates(self, samples_seen: int) -> None:
         """From here on they follow the global batch, relative to that of the run's start."""
-        configured = self._config.batch.per_gpu * self._start_world_size
-        growth = self._policy.per_gpu * self._runtime.world_size / configured
+        growth = self._policy.per_gpu * self._runtime.world_size / self._configured
         for scale in (self.lr_scale, self.local_lr_scale):
             scale.set_growth(growth, samples_seen / self._data.num_train)
 

@@ -301,11 +301,17 @@ class Trainer:
     def _set_learning_rates(self, done: float) -> None:
         """Those of the next step, after ``done`` epochs."""
         config, epochs, scale = self.config, self.config.train.epochs, self.batching.lr_scale.at(done)
-        self.progress.lr = self.optimizer.lr = lr_at(config.optim, done, epochs) * scale
+        rate = lr_at(config.optim, done, epochs)
+        self.progress.lr = self.optimizer.lr = rate * scale
         self.optimizer.anneal(
             lambda hand_over: annealed_lr(config.optim, done, epochs, hand_over, config.selection.anneal_scale) * scale
         )
-        self.learner.lr = config.localized.lr_at(self.progress.epoch) * self.batching.local_lr_scale.at(done)
+        local = config.localized.lr_at(
+            self.progress.epoch,
+            rate=rate / config.optim.lr,
+            steps_per_epoch=self.batching.configured_steps_per_epoch,
+        )
+        self.learner.lr = local * self.batching.local_lr_scale.at(done)
 
     def _measured(self) -> AbstractContextManager[None]:
         """Around a step: measures its memory, if it is one that needs as much as any of the epoch."""

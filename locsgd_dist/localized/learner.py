@@ -46,6 +46,12 @@ class LocalizedConfig:
     """Factor on localized.lr every localized.lr_decay_epochs epochs; in (0, 1]. Paper: 0.5 (CIFAR), 0.1 (ImageNet)."""
     lr_decay_epochs: int = 30
     """Epochs between two decays of localized.lr; >= 1."""
+    lr_schedule: Literal["decay", "optim"] = "decay"
+    """decay (localized.lr_decay every localized.lr_decay_epochs epochs: the paper's) or optim (localized.lr in the same
+    proportion as the SGD region's rate to optim.lr: its schedule and warm-up)."""
+    lr_per: Literal["step", "epoch"] = "step"
+    """What localized.lr is the length of: of each step (the paper's) or of the steps of an epoch together, at the
+    configured batch."""
     weak_supervision: bool | Literal["alignment"] = True
     """Sign of localized updates: true (reversed in the epoch after one whose training loss rose: algorithm 2), false
     (never reversed) or alignment (reversed where the epoch's mean cosine to the descent direction was negative)."""
@@ -108,9 +114,15 @@ class LocalizedConfig:
             raise ValueError(f"localized.rule_options must be empty for localized.rule=none, got {self.rule_options}")
         return make_rule("frozen" if self.rule == "none" else self.rule, seed, self.rule_options)
 
-    def lr_at(self, epoch: int) -> float:
-        """Length of a localized step in ``epoch`` (from 0)."""
-        return self.lr * self.lr_decay ** (epoch // self.lr_decay_epochs)
+    def lr_at(self, epoch: int, *, rate: float = 1.0, steps_per_epoch: float = 1.0) -> float:
+        """Length of a localized step in ``epoch`` (from 0).
+
+        Args:
+            rate: the SGD region's present learning rate over ``optim.lr``.
+            steps_per_epoch: at the configured batch.
+        """
+        factor = rate if self.lr_schedule == "optim" else self.lr_decay ** (epoch // self.lr_decay_epochs)
+        return self.lr * factor / (steps_per_epoch if self.lr_per == "epoch" else 1.0)
 
 
 class LocalizedLearner:

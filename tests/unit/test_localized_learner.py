@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from locsgd_dist.localized import LocalizedConfig, LocalizedLearner, LocalizedRule, make_rule
+from locsgd_dist.optimization import OptimConfig, lr_at
 
 SGD_NETWORKS = ["cifar_resnet18", "cifar_vgg13", "resnet34", "resnet50", "mobilenet_v2", "vision_transformer"]
 
@@ -477,3 +478,15 @@ def test_the_localized_rate_falls_every_thirty_epochs() -> None:
     config = LocalizedConfig(lr=0.01, lr_decay=0.1, lr_decay_epochs=30)
     rates = [config.lr_at(epoch) for epoch in (0, 29, 30, 59, 60, 89)]
     assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
+
+
+def test_the_localized_rate_follows_the_sgd_regions() -> None:
+    config = LocalizedConfig(lr=0.01, lr_schedule="optim", lr_decay=0.1, lr_decay_epochs=1)
+    optim = OptimConfig(lr=0.05, schedule="step", step_epochs=10, warmup_epochs=2)
+    rates = [config.lr_at(int(epoch), rate=lr_at(optim, epoch, 40) / optim.lr) for epoch in (0, 1, 2, 9.9, 10, 39)]
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.01, 0.001, 0.00001])
+
+
+def test_the_localized_rate_can_be_the_length_of_an_epoch() -> None:
+    config = LocalizedConfig(lr=0.6, lr_per="epoch", lr_decay=0.5, lr_decay_epochs=30)
+    assert [config.lr_at(epoch, steps_per_epoch=40) for epoch in (0, 30)] == pytest.approx([0.015, 0.0075])
