@@ -6,7 +6,7 @@ refresh would cost more than the reduction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any
@@ -47,6 +47,7 @@ class Refresh:
     ):
         self._learner = learner
         self._group = group
+        self._world_size = 1 if group is None else dist.get_world_size(group)
         self._traffic = traffic
         self._every = every
         self._recompute = recompute
@@ -83,7 +84,7 @@ class Refresh:
         """
         parameters = self._learner.released
         self._scale(parameters, 1 / share)
-        if self._group is not None:
+        if self._world_size > 1:
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -96,19 +97,22 @@ class Refresh:
             torch._foreach_mul_(gradients, factor)
 
     def _all_reduce(self, gradients: list[Tensor]) -> None:
-        assert self._group is not None
-        in_flight: list[tuple[dist.Work, Tensor, list[Tensor]]] = []
+        in_flight: list[tuple[Callable[[], object], Tensor, list[Tensor]]] = []
         for bucket in _buckets(gradients):
             # Divided before the sum, as DDP does: the same bits.
-            flat = torch.cat([g.reshape(-1) for g in bucket]).div_(dist.get_world_size(self._group))
-            work = dist.all_reduce(flat, group=self._group, async_op=True)
-            assert work is not None
-            self._traffic.add_gradients(flat.numel() * flat.element_size())
-            in_flight.append((work, flat, bucket))
-        for work, flat, bucket in in_flight:
-            work.wait()
+            flat = torch.cat([g.reshape(-1) for g in bucket]).div_(self._world_size)
+            in_flight.append((self._start_all_reduce(flat), flat, bucket))
+        for wait, flat, bucket in in_flight:
+            wait()
             for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
+
+    def _start_all_reduce(self, flat: Tensor) -> Callable[[], object]:
+        """Returns what waits for its end."""
+        work = dist.all_reduce(flat, group=self._group, async_op=True)
+        assert work is not None
+        self._traffic.add_gradients(flat.numel() * flat.element_size())
+        return work.wait
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_steps": self._num_steps}

@@ -94,11 +94,6 @@ def check_plannable(config: Config) -> None:
             "pruning.every_epochs > 0 cannot be planned: which channels go is seen in training; plan with "
             "pruning.every_epochs=0, which is what the run needs at its start"
         )
-    if config.localized.refresh_every:
-        raise ValueError(
-            "localized.refresh_every > 0 cannot be planned: refresh steps are not foretold; plan with "
-            "localized.refresh_every=0, the least that the run needs"
-        )
     if config.localized.alignment_every:
         raise ValueError(
             "localized.alignment_every > 0 cannot be planned: steps that backpropagate through the whole network are "

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from locsgd_dist.distributed import ReplicaConfig
+from locsgd_dist.localized import LocalizedConfig
 from locsgd_dist.planner.footprint import BoundaryStep
 
 FIRST_BUCKET_BYTES = 1 << 20
@@ -62,23 +63,27 @@ def num_buckets(gradient_bytes: int) -> int:
 
 
 def epoch_traffic(
-    step: BoundaryStep, steps: int, gpus: int, replicas: ReplicaConfig, update_every: int = 1
+    step: BoundaryStep, steps: int, gpus: int, replicas: ReplicaConfig, localized: LocalizedConfig | None = None
 ) -> EpochTraffic:
     """What one rank sends in an epoch of ``steps`` at that boundary; nothing on one GPU.
 
     Args:
-        update_every: steps between two that compute localized updates.
+        localized: which steps are refresh steps, and which of the others compute updates; by default none, and all.
     """
     if gpus == 1:
         return EpochTraffic(steps, 0, 0, 0, 0)
+    localized = localized or LocalizedConfig()
+    refreshes = steps // localized.refresh_every if localized.refresh_every and step.refresh_bytes else 0
+    updates = steps - refreshes if localized.refresh_fraction == 1 else steps
     # At an epoch's end whatever is pending is exchanged, so that a window cut short costs as much as a whole one.
-    updates = -(-steps // update_every)
+    updates = -(-updates // localized.update_every)
     exchanges = updates if replicas.mode == "all_reduce" else -(-updates // replicas.every)
     exchanges = exchanges if step.replica_bytes else 0
     return EpochTraffic(
         steps,
-        gradient_bytes=steps * step.gradient_bytes,
-        gradient_collectives=steps * num_buckets(step.gradient_bytes),
+        gradient_bytes=steps * step.gradient_bytes + refreshes * step.refresh_bytes,
+        gradient_collectives=steps * num_buckets(step.gradient_bytes)
+        + refreshes * math.ceil(step.refresh_bytes / BUCKET_BYTES),
         replica_bytes=exchanges * step.replica_bytes,
         replica_exchanges=exchanges,
     )
@@ -106,7 +111,7 @@ class EpochTime:
     Attributes:
         forward: forward passes.
         localized: localized updates, on the busiest rank.
-        backward: backward passes.
+        backward: backward passes, those of refresh steps included.
         exchange: gradients and replicas, as if nothing ran beside them.
     """
 
@@ -134,4 +139,5 @@ def epoch_time(
         exchange += broadcast_seconds(traffic.replica_bytes, traffic.replica_exchanges * owners, machine)
     else:
         exchange += all_reduce_seconds(traffic.replica_bytes, traffic.replica_exchanges, machine)
-    return EpochTime(per_mac * macs.forward, per_mac * macs.localized, per_mac * macs.backward, exchange)
+    backward = macs.backward + macs.refresh
+    return EpochTime(per_mac * macs.forward, per_mac * macs.localized, per_mac * backward, exchange)

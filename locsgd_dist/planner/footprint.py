@@ -7,7 +7,7 @@ stood in for (`on_meta`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,8 +23,8 @@ from locsgd_dist.memory.tensor_bytes import CUDA_ALLOCATION_BYTES, optimizer_sta
 from locsgd_dist.models import build_model
 from locsgd_dist.optimization import RegionOptimizer, averaged_model
 from locsgd_dist.planner.macs import noting_input_gradients
-from locsgd_dist.planner.on_meta import QuickShapes, RegionOnMeta, ReplicasOnMeta
-from locsgd_dist.planner.timeline import StepLog, StepMemory, StepTracker, Use
+from locsgd_dist.planner.on_meta import QuickShapes, RefreshOnMeta, RegionOnMeta, ReplicasOnMeta
+from locsgd_dist.planner.timeline import DearestStep, StepLog, StepMemory, StepTracker, Use
 from locsgd_dist.step import Tally, TrainStep
 
 META = torch.device("meta")
@@ -38,11 +38,13 @@ class StepMacs:
         forward: of the whole network.
         backward: of the SGD region: weight gradients, and input gradients but where nothing before needs them.
         localized: updates of the localized region that the busiest rank computes, in the mean over steps.
+        refresh: what refresh steps need on top, recomputation included, in the mean over steps.
     """
 
     forward: float
     backward: float
     localized: float
+    refresh: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,22 +53,26 @@ class BoundaryStep:
 
     Attributes:
         boundary: T.
-        memory: of one rank, for any batch.
+        memory: of one rank, for any batch, in the dearest step.
         gradient_bytes: gradients of the SGD region, as they are sent (half under bf16 compression).
         forward_macs, backward_macs: multiply-adds per image, see :class:`StepMacs`.
         updated: layers that learn locally.
         update_macs: multiply-adds per image of each one's updates, in the mean over steps at the configured batch.
         shares_updates: whether the ranks divide the updated layers among them (replicas.mode=sharded).
+        refresh_bytes: gradients of the localized region, as a refresh step sends them; 0 without refresh steps.
+        refresh_macs: multiply-adds per image that refresh steps need on top, in the mean over steps.
     """
 
     boundary: int
-    memory: StepMemory
+    memory: DearestStep
     gradient_bytes: int
     forward_macs: int
     backward_macs: int
     updated: tuple[Layer, ...]
     update_macs: tuple[float, ...]
     shares_updates: bool
+    refresh_bytes: int
+    refresh_macs: float
 
     @property
     def replica_bytes(self) -> int:
@@ -79,7 +85,7 @@ class BoundaryStep:
         shares = assign_owners(self.updated, useful_ranks) if self.shares_updates else [self.updated]
         macs = {layer.index: macs for layer, macs in zip(self.updated, self.update_macs, strict=True)}
         localized = max(sum(macs[layer.index] for layer in share) for share in shares)
-        return StepMacs(self.forward_macs, self.backward_macs, localized)
+        return StepMacs(self.forward_macs, self.backward_macs, localized, self.refresh_macs)
 
 
 class StepEstimator:
@@ -111,12 +117,19 @@ class StepEstimator:
         self._replicas = (
             Replicas(self._learner) if world_size == 1 else ReplicasOnMeta(config.replicas, self._learner, world_size)
         )
-        self._optimizer = RegionOptimizer(self._model, config.optim, hand_overs=hand_over_epochs(config, self.layers))
+        self._refresh = RefreshOnMeta(config.localized, self._learner, self._region, world_size)
+        self._optimizer = RegionOptimizer(
+            self._model,
+            config.optim,
+            keeps_released=self._refresh.enabled,
+            hand_overs=hand_over_epochs(config, self.layers),
+        )
         self._step = TrainStep(
             replace(config.train, precision="fp32"),  # the region casts: torch has no autocast on meta
             self._region,
             self._replicas,
             self._optimizer,
+            refresh=self._refresh,
             world_size=world_size,
             device=META,
             label_smoothing=config.optim.label_smoothing,
@@ -141,30 +154,60 @@ class StepEstimator:
             self._optimizer.release(self._learner.advance(boundary))
             self._region.refresh()
             self._replicas.refresh()
-        per_gpu = self._config.batch.per_gpu
-        with noting_input_gradients(self.layers) as with_input_gradient:
-            first = self._logged_step(per_gpu)
-        memory = StepMemory((per_gpu, 2 * per_gpu), (first, self._logged_step(2 * per_gpu)))
+        kinds: list[StepMemory] = []
+        backward_macs: dict[bool, int] = {}
+        for is_refresh in self._kinds_of_steps():
+            self._refresh.is_due = is_refresh
+            memory, backward_macs[is_refresh] = self._foretell()
+            kinds.append(memory)
+        if False not in backward_macs:  # every step is one: what an ordinary one would need is not in its memory
+            self._refresh.is_due = False
+            _, backward_macs[False] = self._foretell()
         trainable = [p for p in self.parameters if p.requires_grad]
         updated = tuple(self._learner.updated_layers)
         compressed = self._config.distributed.gradient_compression == "bf16"
         return BoundaryStep(
             boundary,
-            memory,
+            DearestStep(kinds),
             gradient_bytes=sum(p.numel() * (2 if compressed else p.element_size()) for p in trainable),
             forward_macs=sum(layer.macs for layer in self.layers),
-            backward_macs=sum(
-                layer.macs * (1 + (layer.index in with_input_gradient)) for layer in self.layers[boundary:]
-            ),
+            backward_macs=backward_macs[False],
             updated=updated,
             update_macs=tuple(self._update_macs(layer) for layer in updated),
             shares_updates=self._config.replicas.mode == "sharded",
+            refresh_bytes=sum(p.numel() * p.element_size() for p in self._learner.released) * (True in backward_macs),
+            refresh_macs=self._refresh_macs(backward_macs[True] - backward_macs[False]) if True in backward_macs else 0,
         )
 
-    def _update_macs(self, layer: Layer) -> float:
+    def _kinds_of_steps(self) -> list[bool]:
+        """Of the steps at this boundary, whether they are refresh steps; the same operations run in all of a kind."""
+        if not self._refresh.enabled or not self._learner.boundary:
+            return [False]
+        return [True] if self._config.localized.refresh_every == 1 else [False, True]
+
+    def _foretell(self) -> tuple[StepMemory, int]:
+        """Memory of a step and multiply-adds per image of its backward pass, without recomputation."""
         per_gpu = self._config.batch.per_gpu
+        with noting_input_gradients(self.layers) as with_input_gradient:
+            first = self._logged_step(per_gpu)
+        trained = self.layers[0 if self._refresh.is_due else self._learner.boundary :]
+        macs = sum(layer.macs * (1 + (layer.index in with_input_gradient)) for layer in trained)
+        return StepMemory((per_gpu, 2 * per_gpu), (first, self._logged_step(2 * per_gpu))), macs
+
+    def _refresh_macs(self, backward_macs: int) -> float:
+        """In the mean over steps, of what a refresh step on the whole batch needs more: its backward pass, and the
+        region's forward pass where that runs anew."""
+        localized = self._config.localized
+        recomputed = sum(layer.macs for layer in self.layers[: self._learner.boundary])
+        macs = backward_macs + localized.refresh_recompute * recomputed
+        return macs * localized.refresh_fraction / localized.refresh_every
+
+    def _update_macs(self, layer: Layer) -> float:
+        per_gpu, localized = self._config.batch.per_gpu, self._config.localized
         macs = self._learner.rule.macs(layer, self._learner.num_used(per_gpu))
-        return macs / per_gpu / self._config.localized.update_every
+        # What backpropagates through the region computes no update.
+        refreshed = localized.refresh_fraction / localized.refresh_every if localized.refresh_every else 0.0
+        return macs / per_gpu / localized.update_every * (1 - refreshed)
 
     def _logged_step(self, per_gpu: int) -> StepLog:
         tracker = StepTracker(rounding=self._rounding)
@@ -173,11 +216,12 @@ class StepEstimator:
         tracker.holding(optimizer_state_tensors(self._optimizer.optimizer), Use.OPTIMIZER_STATE)
         if self._region.buckets is not None:
             tracker.holding([self._region.buckets], Use.GRADIENTS)
-        handles = [
-            p.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, Use.GRADIENTS))
-            for p in self.parameters
-            if p.requires_grad
-        ]
+        with self._refresh.mode() if self._refresh.is_due else nullcontext():
+            handles = [
+                p.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, Use.GRADIENTS))
+                for p in self.parameters
+                if p.requires_grad
+            ]
         try:
             with QuickShapes(), tracker.quiet():
                 self._take_step(per_gpu)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from locsgd_dist.distributed import RegionDDP, ReplicaConfig, Replicas
+from locsgd_dist.distributed import Refresh, RegionDDP, ReplicaConfig, Replicas
 from locsgd_dist.distributed.replicas import assign_owners
-from locsgd_dist.localized import LocalizedLearner
+from locsgd_dist.localized import LocalizedConfig, LocalizedLearner
 
 
 class QuickShapes(TorchDispatchMode):
@@ -57,8 +57,11 @@ def _empty_like(tensor: Tensor) -> Tensor:
 class AutocastOnMeta(TorchFunctionMode):
     """What autocast does on a GPU to the types of tensors, for ``meta``, where torch has no autocast.
 
-    Products run in half precision, with one cast of each weight per forward pass; what sums many terms (layer norms,
-    softmax, losses) in single precision. Everything else takes its operands as they come.
+    Products run in half precision; what sums many terms (layer norms, softmax, losses) in single precision. Everything
+    else takes its operands as they come.
+
+    Args:
+        keeps_casts: cast each weight once and keep that until the end, as one forward pass does.
     """
 
     _HALF = frozenset(
@@ -70,8 +73,9 @@ class AutocastOnMeta(TorchFunctionMode):
     )
     _SINGLE = frozenset((F.layer_norm, F.group_norm, F.softmax, torch.softmax, F.log_softmax, F.cross_entropy))
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_casts: bool = True) -> None:
         super().__init__()
+        self._keeps_casts = keeps_casts
         self._weights: dict[nn.Parameter, Tensor] = {}
 
     def __enter__(self) -> Self:
@@ -93,7 +97,7 @@ class AutocastOnMeta(TorchFunctionMode):
     def _halved(self, tensor: Tensor) -> Tensor:
         if tensor.dtype != torch.float32:
             return tensor
-        if not isinstance(tensor, nn.Parameter):
+        if not isinstance(tensor, nn.Parameter) or not self._keeps_casts:
             return tensor.to(torch.bfloat16)
         if tensor not in self._weights:
             self._weights[tensor] = tensor.to(torch.bfloat16)
@@ -117,14 +121,39 @@ class RegionOnMeta(RegionDDP):
         self._world_size = world_size
         self._autocast = AutocastOnMeta() if half_precision else None
         self._handles: list[Any] = []
+        self._in_forward = False
         self.syncs = True
         super().__init__(model, None)
 
     def __call__(self, *args: Any) -> Any:
         if self._autocast is None:
             return self.module(*args)
-        with self._autocast:
-            return self.module(*args)
+        self._in_forward = True
+        try:
+            with self._autocast:
+                return self.module(*args)
+        finally:
+            self._in_forward = False
+
+    @contextmanager
+    def casting_in_recomputation(self) -> Iterator[None]:
+        """Inside, modules that run outside a forward pass (anew, in the backward pass) do so in its types: the mode is
+        not in force there, where torch brings the real autocast back."""
+        modules = [] if self._autocast is None else list(self.module.modules())[1:]
+        for module in modules:
+            module.forward = self._casting(module.forward)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.__dict__.pop("forward", None)
+
+    def _casting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with nullcontext() if self._in_forward else AutocastOnMeta(keeps_casts=False):
+                return forward(*args, **kwargs)
+
+        return run
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -203,3 +232,34 @@ class ReplicasOnMeta(Replicas):
                 self.learner.deltas[layer.index] = part.view_as(layer.weight)
             self._exchanged = None
         super().finish_step(bad)
+
+
+class RefreshOnMeta(Refresh):
+    """The memory of refresh steps, whose buckets live only while they travel, without the other ranks.
+
+    Attributes:
+        is_due: set it; on meta no steps are counted.
+    """
+
+    is_due = False
+
+    def __init__(self, config: LocalizedConfig, learner: LocalizedLearner, region: RegionOnMeta, world_size: int):
+        super().__init__(
+            learner,
+            None,
+            region.traffic,
+            every=config.refresh_every,
+            recompute=config.refresh_recompute,
+            fraction=config.refresh_fraction,
+            gain=config.refresh_gain,
+        )
+        self._region = region
+        self._world_size = world_size
+
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        with self._region.casting_in_recomputation(), super().mode():
+            yield
+
+    def _start_all_reduce(self, flat: Tensor) -> Callable[[], object]:
+        return lambda: None

@@ -126,8 +126,7 @@ class Planner:
         """What a rank exchanges in an epoch."""
         gpus = (machine or self.machine).gpus
         steps = num_steps(self.data.num_train, per_gpu * gpus * self.config.train.gradient_accumulation)
-        update_every = self.config.localized.update_every
-        return epoch_traffic(self.steps[boundary], steps, gpus, self.config.replicas, update_every)
+        return epoch_traffic(self.steps[boundary], steps, gpus, self.config.replicas, self.config.localized)
 
     def seconds(self, boundary: int, per_gpu: int, machine: Machine | None = None) -> float:
         """Training time of an epoch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -141,6 +141,21 @@ class StepLog:
 
     changes: Bytes
     uses: Bytes
+
+
+class DearestStep:
+    """Memory of a run whose steps differ in kind: of the one that needs most at each batch."""
+
+    def __init__(self, kinds: Sequence[StepMemory]):
+        self._kinds = kinds
+
+    def at(self, batch: int) -> MemoryParts:
+        """The highest moment of the dearest step on ``batch`` images per GPU."""
+        return max((kind.at(batch) for kind in self._kinds), key=lambda parts: parts.total)
+
+    def largest_batch(self, num_bytes: int) -> int:
+        """The largest batch with which every step fits into ``num_bytes``; 0 where not even one image does."""
+        return min(kind.largest_batch(num_bytes) for kind in self._kinds)
 
 
 class StepMemory:

@@ -12,6 +12,7 @@ import pytest
 from locsgd_dist.config import parse_config
 from locsgd_dist.data import DataConfig, DataShape
 from locsgd_dist.distributed import ReplicaConfig
+from locsgd_dist.localized import LocalizedConfig
 from locsgd_dist.memory import BatchConfig
 from locsgd_dist.planner import BoundaryStep, Machine, PlannedData, Planner, StepEstimator, planned_data
 from locsgd_dist.planner.costs import all_reduce_seconds, broadcast_seconds, epoch_time, epoch_traffic, num_buckets
@@ -110,8 +111,40 @@ def test_an_epochs_traffic(mode: str, exchanges: int) -> None:
 def test_replicas_travel_only_after_updates() -> None:
     step = steps()[4]
     for mode, exchanges in (("sharded", 5), ("periodic", 5), ("all_reduce", 34)):  # 34 updates in 100 steps
-        traffic = epoch_traffic(step, 100, 2, ReplicaConfig(mode=mode, every=8), update_every=3)  # type: ignore[arg-type]
+        traffic = epoch_traffic(step, 100, 2, ReplicaConfig(mode=mode, every=8), LocalizedConfig(update_every=3))  # type: ignore[arg-type]
         assert (traffic.replica_exchanges, traffic.gradient_bytes) == (exchanges, 100 * 4 * sum(OWNED[4:]))
+
+
+def test_refresh_steps_send_the_regions_gradients_and_no_updates() -> None:
+    flags = ("--localized.refresh_every=4", "--localized.refresh_recompute=false")
+    step = steps(*flags)[4]
+    replicas = ReplicaConfig(mode="all_reduce")
+    whole = epoch_traffic(step, 100, 2, replicas, LocalizedConfig(refresh_every=4))
+    assert whole.gradient_bytes == 100 * 4 * sum(OWNED[4:]) + 25 * 4 * sum(OWNED[:4])
+    assert whole.replica_exchanges == 75
+    part = epoch_traffic(step, 100, 2, replicas, LocalizedConfig(refresh_every=4, refresh_fraction=0.5))
+    assert (part.gradient_bytes, part.replica_exchanges) == (whole.gradient_bytes, 100)
+
+
+def test_refresh_steps_take_time() -> None:
+    """Such a step costs what plain SGD does, and one more forward pass of the region where it recomputes."""
+    boundary = 4
+    whole_backward = 2 * sum(MACS[:boundary]) - MACS[0] + MACS[boundary]
+    for flags, expected in (
+        (("--localized.refresh_every=4",), (whole_backward + sum(MACS[:boundary])) / 4),
+        (("--localized.refresh_every=4", "--localized.refresh_recompute=false"), whole_backward / 4),
+        (("--localized.refresh_every=1", "--localized.refresh_recompute=false"), whole_backward),
+        (
+            ("--localized.refresh_every=2", "--localized.refresh_recompute=false", "--localized.refresh_fraction=0.5"),
+            whole_backward / 4,
+        ),
+    ):
+        macs = steps(*flags)[boundary].macs(1)
+        assert macs.refresh == pytest.approx(expected)
+        assert (macs.forward, macs.backward) == (sum(MACS), 2 * sum(MACS[boundary:]) - MACS[boundary])
+        share = 1 if "every=1" in flags[0] else 0.25
+        assert macs.localized == pytest.approx((1 - share) * sum(MACS[:boundary]))
+        assert steps(*flags)[0].macs(1).refresh == 0
 
 
 def test_one_gpu_sends_nothing() -> None:

@@ -37,7 +37,7 @@ def test_a_rule_learns_on_a_replayed_boundary_trace(rule: str, tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    "flag", ["--pruning.every_epochs=2", "--stochastic_depth.survival=0.5", "--localized.refresh_every=4"]
+    "flag", ["--pruning.every_epochs=2", "--stochastic_depth.survival=0.5", "--localized.alignment_every=4"]
 )
 def test_what_changes_the_network_from_step_to_step_is_not_planned(flag: str) -> None:
     with pytest.raises(ValueError, match=rf"^{flag[2:].partition('=')[0]} .* cannot be planned"):
