@@ -45,8 +45,8 @@ class SelectionConfig:
     """static: curvature, in layers per squared epoch (default: the boundary is 0 in selection.start_epoch)."""
     full_at: float = 1.0
     """linear: share of the run after which lmax * L layers learn locally; in (0, 1]."""
-    boundary: int = 0
-    """fixed: the boundary, in layers; >= 0."""
+    boundary: int | None = 0
+    """fixed: the boundary, in layers; >= 0, or null for lmax * L."""
     trace: str | None = None
     """replay: a run directory, its metrics.jsonl, or a JSON list of one boundary per epoch."""
     anneal: bool = False
@@ -71,9 +71,10 @@ class SelectionConfig:
                 raise ValueError(f"selection.{key} must be >= 0, got {value}")
         if not 0 < self.full_at <= 1:
             raise ValueError(f"selection.full_at must lie in (0, 1], got {self.full_at}")
-        for key in ("boundary", "start_epoch"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"selection.{key} must be >= 0, got {getattr(self, key)}")
+        if self.boundary is not None and self.boundary < 0:
+            raise ValueError(f"selection.boundary must be >= 0 or null, got {self.boundary}")
+        if self.start_epoch < 0:
+            raise ValueError(f"selection.start_epoch must be >= 0, got {self.start_epoch}")
         if self.kind == "replay" and self.trace is None:
             raise ValueError("selection.trace must name a run directory or a boundary trace when selection.kind=replay")
         if self.anneal and self.kind == "dynamic":
@@ -141,11 +142,12 @@ def scheduled_boundaries(config: SelectionConfig, *, num_layers: int, block_size
             shift, full = layers_per_shift(config, block_size), config.full_at * (epochs - 1)
             return [linear_boundary(e, start, full, shift, limit) for e in range(epochs)]
         case "fixed":
-            if config.boundary > num_layers:
+            boundary = limit if config.boundary is None else config.boundary
+            if boundary > num_layers:
                 raise ValueError(
                     f"selection.boundary must be at most {num_layers}, the network's layers, got {config.boundary}"
                 )
-            return [config.boundary if e >= start else 0 for e in range(epochs)]
+            return [boundary if e >= start else 0 for e in range(epochs)]
         case "replay":
             assert config.trace is not None
             trace = load_boundary_trace(Path(config.trace))

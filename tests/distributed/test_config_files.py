@@ -43,8 +43,12 @@ RULES = {
     "strategies/freezing_held": "frozen",
     "strategies/random": "random",
     "strategies/anti_hebbian": "anti_hebbian",
+    "localized/paper": "hebbian",
+    "localized/paper_literal": "hebbian",
+    "localized/recommended": "frozen",
+    "localized/finetune": "frozen",
 }
-OVERLAYS = {name for name in packaged_configs() if name.startswith("strategies/")} | {"cifar10/screen"}
+OVERLAYS = {name for name in packaged_configs() if name.startswith(("strategies/", "localized/"))} | {"cifar10/screen"}
 WHOLE = sorted(set(packaged_configs()) - OVERLAYS)
 
 

@@ -219,6 +219,7 @@ def schedule(config: SelectionConfig, *, num_layers: int = 10, epochs: int = 5) 
         (SelectionConfig(kind="linear", lmax=0.0), [0, 0, 0, 0, 0]),
         (SelectionConfig(kind="fixed", boundary=4), [4, 4, 4, 4, 4]),
         (SelectionConfig(kind="fixed", boundary=10, start_epoch=3), [0, 0, 0, 10, 10]),
+        (SelectionConfig(kind="fixed", boundary=None, lmax=0.85, start_epoch=1), [0, 8, 8, 8, 8]),
         (SelectionConfig(kind="fixed"), [0, 0, 0, 0, 0]),
     ],
 )
@@ -364,7 +365,7 @@ def test_a_fixed_boundary_beyond_the_network_is_named() -> None:
         ({"full_at": 1.1}, "selection.full_at must lie in (0, 1], got 1.1"),
         ({"criterion": "loss_plateau", "window": "printed"}, "selection.criterion=loss_plateau needs selection.window"),
         ({"anneal": True}, "selection.anneal=true needs hand-overs known in advance"),
-        ({"boundary": -1}, "selection.boundary must be >= 0, got -1"),
+        ({"boundary": -1}, "selection.boundary must be >= 0 or null, got -1"),
         ({"start_epoch": -1}, "selection.start_epoch must be >= 0, got -1"),
         ({"kind": "replay"}, "selection.trace must name a run directory or a boundary trace"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 
 from locsgd_dist.checkpoint import CheckpointStore
 from locsgd_dist.checkpoint.store import Position
-from locsgd_dist.config import ConfigError, check_config, parse_config
+from locsgd_dist.config import ConfigError, check_config, packaged_configs, parse_config
 from locsgd_dist.localized import make_selector
 from locsgd_dist.planner.command import plan
 
@@ -42,6 +43,41 @@ def test_a_rule_learns_on_a_replayed_boundary_trace(rule: str, tmp_path: Path, m
 def test_what_changes_the_network_from_step_to_step_is_not_planned(flag: str) -> None:
     with pytest.raises(ValueError, match=rf"^{flag[2:].partition('=')[0]} .* cannot be planned"):
         plan(["--config", "quickstart", flag])
+
+
+PRESETS = [name for name in packaged_configs() if name.startswith("localized/")]
+NETWORKS = [name for name in packaged_configs() if name.startswith(("cifar10", "cifar100/", "imagenet/", "recipes/"))]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_means_the_same_over_any_network(preset: str) -> None:
+    """What a network's file says of the localized region gives way, but for its own pace and its decay of eta."""
+    own = {"localized": {"lr_decay", "lr_decay_epochs"}, "selection": {"tshift"}}
+    if preset in ("localized/recommended", "localized/finetune"):
+        own["localized"] |= {"lr", "weak_supervision"}  # of no meaning to a rule that updates nothing
+    if preset == "localized/finetune":
+        own["selection"] |= {"window"}  # nor this to a boundary that stands
+    assert len(NETWORKS) > 10
+    alone = asdict(parse_config(["--config", preset]))
+    for network in NETWORKS:
+        over = asdict(parse_config(["--config", network, "--config", preset]))
+        for section, keys in own.items():
+            assert {key for key in over[section] if over[section][key] != alone[section][key]} <= keys, network
+
+
+def test_the_literal_preset_is_what_the_papers_files_say() -> None:
+    for network in ("cifar10/resnet18", "cifar100/vgg13", "imagenet/resnet50", "imagenet/mobilenet_v2_1gpu"):
+        own, preset = (
+            parse_config(["--config", network, *more]) for more in ((), ("--config", "localized/paper_literal"))
+        )
+        assert (own.localized, own.selection) == (preset.localized, preset.selection)
+
+
+def test_fine_tuning_begins_with_three_quarters_of_any_network_localized() -> None:
+    config = parse_config(["--config", "localized/finetune"])
+    for num_layers, boundary in ((21, 15), (54, 40), (11, 8)):
+        selector = make_selector(config.selection, num_layers=num_layers, block_size=2, epochs=3)
+        assert [selector.boundary, *(selector.observe(e, [1.0] * num_layers) for e in range(2))] == [boundary] * 3
 
 
 def test_a_run_that_is_older_than_a_key_goes_on_where_the_key_is_at_its_default(tmp_path: Path) -> None:
