@@ -38,13 +38,19 @@ def check_resume(
         defaults: values of keys that the directory's does not hold: they are younger than the run.
 
     Raises:
-        ValueError: the run is finished, was started with another configuration, or the named checkpoint is missing.
+        ValueError: the run is finished, was started with another configuration, or the named checkpoint is missing
+            or of a run's end.
     """
     if resume not in ("auto", "never"):
         try:
-            load_state(Path(resume))
+            progress = load_state(Path(resume)).get("progress", {})
         except ValueError as error:
             raise ValueError(f"run.resume: {error}") from None
+        if progress.get("epoch", 0) >= epochs and not was_restarted():
+            raise ValueError(
+                f"run.resume: checkpoint {resume} was taken after {progress['epoch']} epochs: nothing is left of "
+                f"train.epochs={epochs}"
+            )
     if resume != "auto" and not was_restarted():
         return
     paths = CheckpointStore(run_dir / "checkpoints").paths()

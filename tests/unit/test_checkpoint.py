@@ -213,6 +213,13 @@ def test_a_finished_run_and_another_configuration_are_refused(tmp_path):
     check_resume(tmp_path / "r", "never", 3, CONFIG)
 
 
+def test_the_end_of_a_run_is_nothing_to_go_on_from(tmp_path):
+    path = CheckpointStore(tmp_path).save(state(3) | {"progress": {"epoch": 3}}, Position(3))
+    with pytest.raises(ValueError, match=r"after 3 epochs: nothing is left of train\.epochs=3"):
+        check_resume(tmp_path / "r", str(path), 3, CONFIG)
+    check_resume(tmp_path / "r", str(path), 4, CONFIG)
+
+
 def test_a_finished_run_whose_ranks_torchrun_started_anew_may_end(tmp_path, monkeypatch):
     # A rank was killed between the last checkpoint and its exit.
     started_run(tmp_path / "r", 3)
