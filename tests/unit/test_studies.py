@@ -20,7 +20,7 @@ def test_every_run_of_a_study_parses(path: Path, tmp_path: Path) -> None:
     assert plan.selected == plan.runs != ()
     configurations = [variant.config for variant in plan.variants]
     # What is compared differs in how it trains, not in the network or the images.
-    assert len({(c.model, c.data.name, c.batch.per_gpu) for c in configurations}) == 1
+    assert len({(repr(c.model), c.data.name, c.batch.per_gpu) for c in configurations}) == 1
     assert any(variant.config.localized.rule == "none" for variant in plan.variants)
 
 
