@@ -83,6 +83,10 @@ class Checkpointer:
         if self._runtime.is_main:
             self.store.go_on_from(path, self._position())
             clear_marker(self._directory.preempted)
+        if not _means_newest(resume):
+            has_best = self._runtime.is_main and self.store.keep_best_of(progress.best_top1)
+            if not self._runtime.share([has_best])[0]:
+                progress.best_top1 = -1.0  # the next evaluation is the best that this folder has
         return True
 
     def after_step(self) -> None:
@@ -176,10 +180,15 @@ class Checkpointer:
             self._recorder.event("warning", **where, message=message)
 
     def _find(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
-        if resume == "auto" or was_restarted():
+        if _means_newest(resume):
             # Ranks may see the folder at different moments; rank 0's view decides.
             newest = self.store.load_newest() if self._runtime.is_main else None
             name = self._runtime.share_text("" if newest is None else str(newest[0]))
             if name:
                 return newest or (Path(name), load_state(Path(name)))
         return None if resume in ("auto", "never") else (Path(resume), load_state(Path(resume)))
+
+
+def _means_newest(resume: str) -> bool:
+    """Whether the run goes on from its newest checkpoint, whatever ``run.resume`` said at its first start."""
+    return resume == "auto" or was_restarted()

@@ -164,6 +164,17 @@ class CheckpointStore:
             if position_of(path) > position:
                 path.replace(_unused(path.with_name(f"{path.name}.old")))
 
+    def keep_best_of(self, top1: float) -> bool:
+        """Whether ``best.pt`` has that validation top-1. If not, it is of epochs that the run has turned its back on, and
+        is renamed like those of :meth:`go_on_from`."""
+        if not self.best.exists():
+            return False
+        with suppress(ValueError, KeyError):
+            if load_state(self.best)["progress"]["best_top1"] == top1:
+                return True
+        self.best.replace(_unused(self.best.with_name(f"{self.best.name}.old")))
+        return False
+
     def _copied(self, source: Path, home: Path) -> Path:
         temporary = home.with_name(f".{home.name}.tmp")
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from interrupted_runs import Outcome, numbers, run
 from plain_reference import assert_bit_equal
 from test_mid_epoch_resume import FLAGS
@@ -54,6 +55,35 @@ def test_a_new_run_goes_on_from_the_checkpoint_of_another(whole: Whole, tmp_path
     assert contents(whole.run_dir) == before
 
 
+def first_best(whole: Whole) -> float:
+    """The best validation top-1 when the first epoch was over."""
+    top1: float = load_state(whole.run_dir / "checkpoints" / "epoch-0001.pt")["progress"]["best_top1"]
+    return top1
+
+
+def best_top1(run_dir: Path) -> float:
+    top1: float = load_state(run_dir / "checkpoints" / "best.pt")["progress"]["best_top1"]
+    return top1
+
+
+def test_the_best_checkpoint_is_of_the_run_as_it_is_now(whole: Whole, tmp_path: Path) -> None:
+    """Not of epochs that it has turned its back on, and there is one from the first evaluation on."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole.run_dir, run_dir)
+    folder = run_dir / "checkpoints"
+    unbeaten = load_state(folder / "best.pt")
+    unbeaten["progress"]["best_top1"] = 2.0  # of an epoch that this run will not reach
+    torch.save(unbeaten, folder / "best.pt")
+    run(None, [*SHORT, f"--run.resume={folder / 'epoch-0001.pt'}", f"--run.dir={run_dir}"])
+    later = [record["val_top1"] for record in RunDirectory(run_dir).load_metrics()[1:]]
+    assert best_top1(run_dir) == max(later)
+    assert load_state(folder / "best.pt.old")["progress"]["best_top1"] == 2.0
+
+    branch = tmp_path / "branch"
+    run(None, [*SHORT, f"--run.resume={whole.run_dir / 'checkpoints' / 'epoch-0002.pt'}", f"--run.dir={branch}"])
+    assert best_top1(branch) == RunDirectory(branch).load_metrics()[-1]["val_top1"]
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -71,6 +101,8 @@ def test_a_run_that_goes_back_to_an_earlier_checkpoint_forgets_the_later_ones(wh
         f"epoch-0001-sample-{samples:09d}.pt" for samples in (24, 32)
     ]
     assert load_state(folder / "epoch-0003.pt.old")["progress"]["samples_seen"] == 3 * SAMPLES
+    left = load_state(whole.run_dir / "checkpoints" / "best.pt")["progress"]
+    assert (folder / "best.pt.old").exists() == (left["best_top1"] != first_best(whole))
 
     (resumed,) = run(None, flags)
     assert resumed.end == "finished"
