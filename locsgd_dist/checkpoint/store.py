@@ -165,8 +165,8 @@ class CheckpointStore:
                 path.replace(_unused(path.with_name(f"{path.name}.old")))
 
     def keep_best_of(self, top1: float) -> bool:
-        """Whether ``best.pt`` has that validation top-1. If not, it is of epochs that the run has turned its back on, and
-        is renamed like those of :meth:`go_on_from`."""
+        """Whether ``best.pt`` has that validation top-1. If not, it is of epochs that the run has turned its back on,
+        and is renamed like those of :meth:`go_on_from`."""
         if not self.best.exists():
             return False
         with suppress(ValueError, KeyError):
