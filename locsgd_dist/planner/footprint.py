@@ -163,6 +163,7 @@ class StepEstimator:
         if False not in backward_macs:  # every step is one: what an ordinary one would need is not in its memory
             self._refresh.is_due = False
             _, backward_macs[False] = self._foretell()
+        refreshes = True in backward_macs
         trainable = [p for p in self.parameters if p.requires_grad]
         updated = tuple(self._learner.updated_layers)
         compressed = self._config.distributed.gradient_compression == "bf16"
@@ -175,8 +176,8 @@ class StepEstimator:
             updated=updated,
             update_macs=tuple(self._update_macs(layer) for layer in updated),
             shares_updates=self._config.replicas.mode == "sharded",
-            refresh_bytes=sum(p.numel() * p.element_size() for p in self._learner.released) * (True in backward_macs),
-            refresh_macs=self._refresh_macs(backward_macs[True] - backward_macs[False]) if True in backward_macs else 0,
+            refresh_bytes=sum(p.numel() * p.element_size() for p in self._learner.released) if refreshes else 0,
+            refresh_macs=self._refresh_macs(backward_macs[True] - backward_macs[False]) if refreshes else 0,
         )
 
     def _kinds_of_steps(self) -> list[bool]:
