@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 INCIDENTS = frozenset({"oom", "preempt", "resume"})
 """Events of wall-clock time, which a resumed run does not repeat: they stay on record."""
-AFTER_EPOCH = frozenset({"shift", "collapse"})
+AFTER_EPOCH = frozenset({"shift", "collapse", "batch", "prune"})
 """Events that follow an epoch's record: a run that resumes behind the epoch's last sample, but before that record,
 repeats them. (A shift before the first sample belongs to no epoch.)"""
 
@@ -68,12 +68,13 @@ class JsonlSink(Sink):
             event
             for event in self._directory.load_events()
             if event.get("type") in INCIDENTS
-            or (event.get("samples_seen", 0) <= samples_seen and not self._is_repeated(event, epoch))
+            or (event.get("samples_seen", 0) <= samples_seen and not self._is_repeated(event, epoch, samples_seen))
         )
 
     @staticmethod
-    def _is_repeated(event: Record, epoch: int) -> bool:
-        return event.get("type") in AFTER_EPOCH and event.get("epoch", 0) > epoch and event.get("samples_seen", 0) > 0
+    def _is_repeated(event: Record, epoch: int, samples_seen: int) -> bool:
+        is_here = event.get("epoch", 0) > epoch and event.get("samples_seen", 0) == samples_seen > 0
+        return is_here and event.get("type") in AFTER_EPOCH
 
     def close(self) -> None:
         self._metrics.close()

@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,35 @@ def table2_small() -> Cells:
     return {label: _variant_cells(found[name]["figures"]) for label, name in VARIANTS.items()}
 
 
-BENCH_S = {
-    "SGD everywhere, 24 epochs": "sgd",
-    "nothing (`frozen`)": "frozen",
-    "a true step in every fourth, kept whole": "frozen-refresh4",
+#: Rows of the studies' tables in docs/results.md and their variants.
+STUDIES: dict[str, dict[str, str]] = {
+    "bench_s.json": {
+        "SGD everywhere, 24 epochs": "sgd",
+        "nothing (`frozen`)": "frozen",
+        "a true step in every fourth": "frozen-refresh4",
+        "a true step in every fourth, gradient × 2": "refresh4-gain2",
+    },
+    "bench_f_few.json": {},
+    "bench_f_many.json": {},
+    "bench_xs.json": {},
+    "bench_paper_2000.json": {},
+    "bench_paper_5000.json": {},
 }
 
 
-def bench_s() -> Cells:
-    found = variants("bench_s.json")
-    assert set(found) == set(BENCH_S.values())
-    return {label: _variant_cells(found[name]["figures"]) for label, name in BENCH_S.items()}
+def study(name: str) -> Cells:
+    found = variants(name)
+    assert set(found) == set(STUDIES[name].values())
+    return {
+        label: [*_variant_cells(found[variant]["figures"]), _above_the_line(found[variant])]
+        for label, variant in STUDIES[name].items()
+    }
+
+
+def _above_the_line(variant: dict[str, Any]) -> str:
+    """How far above plain SGD's schedules at the same operations, in points, where these reach so far."""
+    advantage = (variant["iso_cost"] or {}).get("flops", {}).get("advantage") or {"n": 0}
+    return f"{spread(advantage, 1, scale=100)}" if advantage["n"] else "–"
 
 
 def _variant_cells(figures: dict[str, Any]) -> list[str]:
@@ -198,7 +217,7 @@ def overhead() -> Cells:
 
 
 EXPECTED: dict[str, Callable[[], Cells]] = {
-    "bench_s.json": bench_s,
+    **{name: partial(study, name) for name in STUDIES},
     "step_time.json": step_time,
     "memory.json": memory,
     "overhead.json": overhead,
