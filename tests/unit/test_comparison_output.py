@@ -12,6 +12,8 @@ from report_page import Page
 
 from locsgd_dist.cli import main
 from locsgd_dist.reporting.comparison import Comparison, write_comparison
+from locsgd_dist.reporting.comparison.grouping import Benchmark, Variant
+from locsgd_dist.reporting.comparison.plots import looks
 
 CIFAR = {"data.name": "cifar10"}
 FIGURES = {"frontier-flops", "frontier-time", "frontier-cpu", "accuracy-time", "accuracy-samples"}
@@ -174,3 +176,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert out == ""
     (line,) = err.splitlines()
     assert words in line
+
+
+def test_twenty_variants_look_different() -> None:
+    variants = tuple(Variant(str(number), ()) for number in range(20))
+    drawn = looks(Benchmark("", variants, variants[0], variants[:1]))
+    assert len({(look.color, look.marker) for look in drawn.values()}) == 20

@@ -25,7 +25,8 @@ WIDTH, AXES_HEIGHT = 7.2, 3.5
 
 _LEGEND_COLUMNS, _LEGEND_ROW = 3, 0.21
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.62, 0.15, 0.32, 0.52
-_MARKERS = ("s", "^", "D", "v", "P", "X", "*")
+# One more than there are colours: pairs of both repeat late.
+_MARKERS = ("s", "^", "D", "v", "P", "X", "*", "p")
 _SCHEDULE_MARKER = "o"
 
 
