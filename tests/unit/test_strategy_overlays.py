@@ -73,9 +73,9 @@ def test_the_literal_preset_is_what_the_papers_files_say() -> None:
         assert (own.localized, own.selection) == (preset.localized, preset.selection)
 
 
-def test_fine_tuning_begins_with_three_quarters_of_any_network_localized() -> None:
+def test_fine_tuning_begins_with_a_third_of_any_network_localized() -> None:
     config = parse_config(["--config", "localized/finetune"])
-    for num_layers, boundary in ((21, 15), (54, 40), (11, 8)):
+    for num_layers, boundary in ((21, 7), (54, 18), (11, 3)):
         selector = make_selector(config.selection, num_layers=num_layers, block_size=2, epochs=3)
         assert [selector.boundary, *(selector.observe(e, [1.0] * num_layers) for e in range(2))] == [boundary] * 3
 
