@@ -70,10 +70,17 @@ class BatchController:
         """Batch of all ranks at the run's start."""
         return self._config.batch.per_gpu * self._start_world_size
 
-    @property
-    def configured_steps_per_epoch(self) -> float:
-        """Optimizer steps of an epoch at the run's first global batch; a last short one counts as its share."""
-        return self._data.num_train / (self._configured * self._config.train.gradient_accumulation)
+    def local_lr(self, epoch: int, done: float, rate: float) -> float:
+        """Length of a localized step in ``epoch``, after ``done`` epochs (fractions count).
+
+        Args:
+            rate: the SGD region's learning rate over ``optim.lr``, the batch's factor left out.
+        """
+        config = self._config
+        # At the run's first global batch; a last short step counts as its share.
+        steps = self._data.num_train / (self._configured * config.train.gradient_accumulation)
+        length = config.localized.lr_at(epoch, rate=rate, steps_per_epoch=steps)
+        return length * self.local_lr_scale.at(done)
 
     def grow(self, metrics: Mapping[str, Any], *, is_last: bool) -> None:
         """At an epoch's edge, after the boundary has moved: tries a larger batch and takes it if it fits.

@@ -306,12 +306,7 @@ class Trainer:
         self.optimizer.anneal(
             lambda hand_over: annealed_lr(config.optim, done, epochs, hand_over, config.selection.anneal_scale) * scale
         )
-        local = config.localized.lr_at(
-            self.progress.epoch,
-            rate=rate / config.optim.lr,
-            steps_per_epoch=self.batching.configured_steps_per_epoch,
-        )
-        self.learner.lr = local * self.batching.local_lr_scale.at(done)
+        self.learner.lr = self.batching.local_lr(self.progress.epoch, done, rate / config.optim.lr)
 
     def _measured(self) -> AbstractContextManager[None]:
         """Around a step: measures its memory, if it is one that needs as much as any of the epoch."""
