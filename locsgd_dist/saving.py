@@ -83,10 +83,9 @@ class Checkpointer:
         if self._runtime.is_main:
             self.store.go_on_from(path, self._position())
             clear_marker(self._directory.preempted)
-        if not _means_newest(resume):
-            has_best = self._runtime.is_main and self.store.keep_best_of(progress.best_top1)
-            if not self._runtime.share([has_best])[0]:
-                progress.best_top1 = -1.0  # the next evaluation is the best that this folder has
+        # Ranks may see the folder at different moments; rank 0's view decides.
+        if not self._runtime.share([self._runtime.is_main and self._has_best(resume)])[0]:
+            progress.best_top1 = -1.0  # the next evaluation is the best that this folder has
         return True
 
     def after_step(self) -> None:
@@ -134,6 +133,11 @@ class Checkpointer:
 
     def close(self) -> None:
         self.store.close()
+
+    def _has_best(self, resume: str) -> bool:
+        """Whether there is a best checkpoint of the run that goes on. One of a part that was left is set aside at the
+        start that leaves it; if that process is killed before it has saved another, the next finds none."""
+        return self.store.best.exists() if _means_newest(resume) else self.store.keep_best_of(self._progress.best_top1)
 
     def _position(self) -> Position:
         progress = self._progress

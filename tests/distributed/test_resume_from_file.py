@@ -84,6 +84,18 @@ def test_the_best_checkpoint_is_of_the_run_as_it_is_now(whole: Whole, tmp_path: 
     assert best_top1(branch) == RunDirectory(branch).load_metrics()[-1]["val_top1"]
 
 
+def test_a_branch_that_was_killed_before_it_had_a_best_checkpoint_gets_one(whole: Whole, tmp_path: Path) -> None:
+    unbeaten = load_state(whole.run_dir / "checkpoints" / "epoch-0002.pt")
+    unbeaten["progress"]["best_top1"] = 2.0  # of the other run, which has that checkpoint
+    torch.save(unbeaten, tmp_path / "other.pt")
+    flags = [*SHORT, f"--run.dir={tmp_path / 'branch'}"]
+    (cut,) = run(None, [*flags, f"--run.resume={tmp_path / 'other.pt'}"], cut_after=2)
+    assert (cut.end, (tmp_path / "branch" / "checkpoints" / "best.pt").exists()) == ("cut off", False)
+    (resumed,) = run(None, flags)
+    assert resumed.end == "finished"
+    assert best_top1(tmp_path / "branch") == RunDirectory(tmp_path / "branch").load_metrics()[-1]["val_top1"]
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
