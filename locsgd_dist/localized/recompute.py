@@ -32,16 +32,37 @@ def recomputing(model: nn.Module, layers: LayerMap, boundary: int) -> Iterator[N
     """
     inside = {layer.module for layer in layers[:boundary]}
     outside = {layer.module for layer in layers[boundary:]}
-    patched: list[nn.Module] = []
-    try:
-        _patch(model, inside, outside, patched)
+    with replaced_forwards() as replace:
+        _patch(model, inside, outside, replace)
         yield
+
+
+@contextmanager
+def replaced_forwards() -> Iterator[Callable[[nn.Module, Callable[..., Any]], None]]:
+    """Yields what gives a module another ``forward``; at the end each has its own again, its class's or one that was set
+    on the module itself."""
+    before: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+
+    def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
+        before.append((module, module.__dict__.get("forward")))
+        module.forward = forward
+
+    try:
+        yield replace
     finally:
-        for module in patched:
-            del module.__dict__["forward"]
+        for module, forward in reversed(before):
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = forward
 
 
-def _patch(module: nn.Module, inside: set[nn.Module], outside: set[nn.Module], patched: list[nn.Module]) -> None:
+def _patch(
+    module: nn.Module,
+    inside: set[nn.Module],
+    outside: set[nn.Module],
+    replace: Callable[[nn.Module, Callable[..., Any]], None],
+) -> None:
     """Descends to the outermost blocks without a layer outside; those of a chain of layers are taken by segments."""
     if type(module) is nn.Sequential:
         children = list(module)
@@ -49,21 +70,19 @@ def _patch(module: nn.Module, inside: set[nn.Module], outside: set[nn.Module], p
         if plain:
             # Layers of a bare chain (VGG): about sqrt(n) segments keep the sum of what is held and what is recomputed
             # at a time smallest.
-            module.forward = _segmented(module, _segments(children, inside, outside, len(plain)))  # type: ignore[method-assign]
-            patched.append(module)
+            replace(module, _segmented(module, _segments(children, inside, outside, len(plain))))
         for child in children:
             if child not in inside:
-                _patch(child, inside, outside, patched)
+                _patch(child, inside, outside, replace)
         return
     contained = set(module.modules())
     if module in inside or not contained & inside:
         return  # a lone layer keeps its input anyway: nothing is gained
     if contained & outside or isinstance(module, (nn.ModuleList, nn.ModuleDict)) or _holds_blocks(module, inside):
         for child in module.children():
-            _patch(child, inside, outside, patched)
+            _patch(child, inside, outside, replace)
         return
-    module.forward = _checkpointed(module.forward, module)
-    patched.append(module)
+    replace(module, _checkpointed(module.forward, module))
 
 
 def _holds_blocks(module: nn.Module, inside: set[nn.Module]) -> bool:

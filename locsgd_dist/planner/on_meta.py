@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from locsgd_dist.distributed import Refresh, RegionDDP, ReplicaConfig, Replicas
 from locsgd_dist.distributed.replicas import assign_owners
 from locsgd_dist.localized import LocalizedConfig, LocalizedLearner
+from locsgd_dist.localized.recompute import replaced_forwards
 
 
 class QuickShapes(TorchDispatchMode):
@@ -140,13 +141,10 @@ class RegionOnMeta(RegionDDP):
         """Inside, modules that run outside a forward pass (anew, in the backward pass) do so in its types: the mode is
         not in force there, where torch brings the real autocast back."""
         modules = [] if self._autocast is None else list(self.module.modules())[1:]
-        for module in modules:
-            module.forward = self._casting(module.forward)
-        try:
-            yield
-        finally:
+        with replaced_forwards() as replace:
             for module in modules:
-                module.__dict__.pop("forward", None)
+                replace(module, self._casting(module.forward))
+            yield
 
     def _casting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:

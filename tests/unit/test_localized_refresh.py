@@ -133,3 +133,23 @@ def test_dropout_draws_the_same_mask_again() -> None:
         backward(model, x, y)
     for expected, parameter in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+def test_a_block_whose_forward_was_replaced_keeps_it() -> None:
+    """Set on the block itself, as wrappers do, and not by its class: the next step runs it too."""
+    model = resnet18(10, width=8).train()
+    x, y = images()
+    learner = at_share(model, 0.75, x)
+    block = next(module for module in model.modules() if type(module).__name__ == "BasicBlock")
+    plain, runs = block.forward, []
+
+    def counted(x: Tensor) -> Tensor:
+        runs.append(1)
+        return plain(x)
+
+    block.forward = counted
+    for _ in range(2):
+        with learner.refreshing(recompute=True):
+            backward(model, x, y)
+    assert block.__dict__["forward"] is counted
+    assert len(runs) == 4  # each step runs it forward, and anew in the backward pass
