@@ -39,8 +39,8 @@ def recomputing(model: nn.Module, layers: LayerMap, boundary: int) -> Iterator[N
 
 @contextmanager
 def replaced_forwards() -> Iterator[Callable[[nn.Module, Callable[..., Any]], None]]:
-    """Yields what gives a module another ``forward``; at the end each has its own again, its class's or one that was set
-    on the module itself."""
+    """Yields what gives a module another ``forward``; at the end each has its own again, its class's or one that was
+    set on the module itself."""
     before: list[tuple[nn.Module, Callable[..., Any] | None]] = []
 
     def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
