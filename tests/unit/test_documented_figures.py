@@ -366,6 +366,17 @@ def behind_sgd(*names: str) -> list[str]:
     return [spread(found[name]["iso_cost"]["flops"]["advantage"], 1, scale=-100) for name in names]
 
 
+def top1_and_saving(name: str, baseline: str, variant: str, *schedules: str) -> list[str]:
+    """Accuracy of plain SGD and of a variant, how many times fewer operations that needs, accuracy of ``schedules``."""
+    found = variants(name)
+
+    def top1(of: str) -> str:
+        return f"{100 - 100 * found[of]['figures']['final_error']['mean']:.1f}"
+
+    ratio = f"{found[variant]['figures']['flops_ratio']['mean']:.2f}"
+    return [top1(baseline), top1(variant), ratio, *(top1(schedule) for schedule in schedules)]
+
+
 #: Page, what stands there (white space aside), and the groups that the results give.
 IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
     (
@@ -374,6 +385,31 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
         r"(\d+) of (\d+) runs ended bit-equal with the uninterrupted one, with (\d+) samples lost and (\d+) repeated "
         r"\((\d+) kills on 1 rank, (\d+) on 2, (\d+) on 4\)",
         soak,
+    ),
+    (
+        "../README.md",
+        r"5 seeds \(`localized/finetune`\) \| ([\d.]+) % \| \*\*([\d.]+) % at ([\d.]+) × .*?\*\* \| ([\d.]+) % \|",
+        lambda: top1_and_saving("bench_f_few.json", "few-sgd", "few-frozen-33", "few-sgd-15"),
+    ),
+    (
+        "../README.md",
+        r"half of the layers at rest, 3 seeds \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) ×, .*? \| ([\d.]+) % \|",
+        lambda: top1_and_saving("bench_f_few.json", "few-sgd", "few-frozen-50", "few-sgd-12"),
+    ),
+    (
+        "../README.md",
+        r"not recomputing\) \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) × \| ([\d.]+) to ([\d.]+) % \|",
+        lambda: top1_and_saving("bench_xs.json", "sgd", "refresh4-gain2", "sgd-16", "sgd-18"),
+    ),
+    (
+        "../README.md",
+        r"\(`localized/paper`\) \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) ×",
+        lambda: top1_and_saving("bench_paper_5000.json", "images-5000-sgd", "images-5000-follows"),
+    ),
+    (
+        "../README.md",
+        r"\(`localized/paper_literal`\) \| ([\d.]+) % \| ([\d.]+) %:",
+        lambda: top1_and_saving("bench_paper_5000.json", "images-5000-sgd", "images-5000-literal")[:2],
     ),
     ("results.md", r"\(`localized.rule=none`\) \| (\d+) of (\d+) \| ([\d.]+) % \|", lambda: screen("none")),
     ("results.md", r"η = .01 \(`hebbian`\) \| (\d+) of (\d+) \| ([\d.]+) % \|", lambda: screen("hebbian")),
