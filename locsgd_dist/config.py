@@ -123,6 +123,7 @@ def check_config(config: Config, where: Literal["here", "shared", "elsewhere"] =
         check_model(config.model)
         check_baselines(config)
         _check_annealing(config)
+        _check_carry(config)
         _check_pace(config)
         config.localized.make_rule()
         if where == "here":
@@ -139,6 +140,18 @@ def _check_annealing(config: Config) -> None:
             f"selection.anneal=true needs localized.refresh_every=0, got {config.localized.refresh_every}: the "
             "learning rate of a layer that has been handed over is 0"
         )
+
+
+def _check_carry(config: Config) -> None:
+    if not config.localized.refresh_carry:
+        return
+    if config.optim.name != "sgd" or config.optim.momentum == 0:
+        raise ValueError(
+            "localized.refresh_carry=true needs optim.name=sgd and optim.momentum > 0, "
+            f"got {config.optim.name} and {config.optim.momentum:g}"
+        )
+    if config.train.precision == "fp16":
+        raise ValueError("localized.refresh_carry=true needs train.precision=fp32 or bf16, got fp16")
 
 
 def _check_pace(config: Config) -> None:

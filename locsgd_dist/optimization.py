@@ -96,6 +96,7 @@ class RegionOptimizer:
         config: the ``optim`` section.
         keeps_released: refresh steps still train what has left: it stays, with its state, and moves in no other step,
             since it then has no gradient.
+        carries_released: in those other steps its momentum moves it on (``localized.refresh_carry``); with sgd.
         hand_overs: epoch at which a parameter leaves the region, for those with a learning rate of their own until
             then (see :meth:`anneal`). Those that leave together share one, and so a group of torch's optimizer.
         fused: torch's fused kernels, which read on the device whether a step is to be left out; default: on CUDA.
@@ -107,10 +108,13 @@ class RegionOptimizer:
         config: OptimConfig,
         *,
         keeps_released: bool = False,
+        carries_released: bool = False,
         hand_overs: Mapping[nn.Parameter, int] | None = None,
         fused: bool | None = None,
     ):
         self._keeps_released = keeps_released
+        self._carries_released = carries_released
+        self._released: list[nn.Parameter] = []
         self._fused = next(model.parameters()).is_cuda if fused is None else fused
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -127,6 +131,7 @@ class RegionOptimizer:
         ]
         kernels = {"fused": True} if self._fused else {"foreach": True}
         self._momentum = config.momentum if config.name == "sgd" else 0.0
+        self._nesterov = config.nesterov
         if config.name == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
                 groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, **kernels
@@ -163,9 +168,10 @@ class RegionOptimizer:
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
         """Forgets parameters that left the SGD region, and their state, unless refresh steps still train them."""
-        if self._keeps_released:
-            return
         leaving = set(parameters)
+        if self._keeps_released:
+            self._released += [p for group in self.optimizer.param_groups for p in group["params"] if p in leaving]
+            return
         for group in self.optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p not in leaving]
         for parameter in leaving:
@@ -201,11 +207,31 @@ class RegionOptimizer:
                 # Read on the device, so that the host need not wait for the backward pass.
                 self.optimizer.found_inf = None if unless is None else unless.float()  # type: ignore[attr-defined]
                 self.optimizer.step()
+                self._carry_on(unless)
             elif unless is None or unless.is_meta or not unless:
                 self.optimizer.step()
+                self._carry_on()
         else:
             scaler.step(self.optimizer)
             scaler.update()
+
+    @torch.no_grad()
+    def _carry_on(self, unless: Tensor | None = None) -> None:
+        """After a step: released parameters that had no gradient in it move as if it had been zero, without decay."""
+        resting = [p for p in self._released if p.grad is None] if self._carries_released else []
+        buffers = [(p, self.optimizer.state.get(p, {}).get("momentum_buffer")) for p in resting]
+        moving: list[Tensor] = [p for p, buffer in buffers if buffer is not None]
+        momenta = [buffer for _, buffer in buffers if buffer is not None]
+        if not moving:
+            return
+        rate = self._lr * (self._momentum if self._nesterov else 1.0)
+        if unless is None:
+            torch._foreach_mul_(momenta, self._momentum)
+            torch._foreach_add_(moving, momenta, alpha=-rate)
+        else:
+            # Decided on the device, so that the host need not wait: a factor of 1 and a step of length 0 do nothing.
+            torch._foreach_mul_(momenta, torch.where(unless, 1.0, self._momentum))
+            torch._foreach_addcmul_(moving, momenta, [torch.where(unless, 0.0, -rate)] * len(moving))
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Optimizer state by parameter name; rates and decays come from the configuration and the schedule."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from locsgd_dist.data import Batch
 from locsgd_dist.distributed import Alignment, Refresh, RegionDDP, Replicas
 from locsgd_dist.faults import StepGuard
+from locsgd_dist.localized import LocalizedConfig
 from locsgd_dist.optimization import RegionOptimizer
 
 
@@ -108,8 +109,9 @@ class TrainStep:
         self._region = region
         self._replicas = replicas
         self._learner = replicas.learner
-        self._refresh = refresh or Refresh(self._learner, None, region.traffic, every=0)
-        self._alignment = alignment or Alignment(self._learner, self._refresh, None, region.traffic, every=0)
+        never = LocalizedConfig()
+        self._refresh = refresh or Refresh(self._learner, None, region.traffic, never)
+        self._alignment = alignment or Alignment(self._learner, self._refresh, None, region.traffic, never)
         self._optimizer = optimizer
         self._guard = guard or StepGuard(device)
         self._world_size = world_size

@@ -127,28 +127,20 @@ class Trainer:
             self.traffic,
             overlap=not config.train.compile,
         )
-        self.refresh = Refresh(
-            self.learner,
-            self.runtime.data_group,
-            self.traffic,
-            every=config.localized.refresh_every,
-            recompute=config.localized.refresh_recompute,
-            fraction=config.localized.refresh_fraction,
-            gain=config.localized.refresh_gain,
-        )
+        self.refresh = Refresh(self.learner, self.runtime.data_group, self.traffic, config.localized)
         self.alignment = Alignment(
             self.learner,
             self.refresh,
             self.runtime.data_group,
             self.traffic,
-            every=config.localized.alignment_every,
-            recompute=config.localized.refresh_recompute,
+            config.localized,
             sums_updates=config.replicas.mode == "all_reduce",
         )
         self.optimizer = RegionOptimizer(
             self.model,
             config.optim,
             keeps_released=self.refresh.enabled,
+            carries_released=config.localized.refresh_carry,
             hand_overs=hand_over_epochs(config, self.learner.layers),
         )
         self.guard = StepGuard(device, self.runtime.data_group, max_bad_steps=config.faults.max_bad_steps)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from locsgd_dist.distributed.refresh import Refresh
 from locsgd_dist.distributed.traffic import Traffic
-from locsgd_dist.localized import LocalizedLearner
+from locsgd_dist.localized import LocalizedConfig, LocalizedLearner
 
 
 class Alignment:
@@ -31,8 +31,8 @@ class Alignment:
         refresh: of the same region.
         group: the data group, or None for a world of one.
         traffic: counts updates that are summed for the comparison.
-        every: refresh steps, or steps where there are none of those, between two measurements; 0: never.
-        recompute: run the region's blocks anew in a backward pass that is there for the comparison alone.
+        config: the ``localized`` section: ``alignment_every``, and ``refresh_recompute`` for a backward pass that is
+            there for the comparison alone.
         sums_updates: whether replicas sum their updates (replicas.mode=all_reduce).
     """
 
@@ -42,17 +42,16 @@ class Alignment:
         refresh: Refresh,
         group: dist.ProcessGroup | None,
         traffic: Traffic,
+        config: LocalizedConfig,
         *,
-        every: int,
-        recompute: bool = True,
         sums_updates: bool = False,
     ):
         self._learner = learner
         self._refresh = refresh
         self._group = group
         self._traffic = traffic
-        self._every = every
-        self._recompute = recompute
+        self._every = config.alignment_every
+        self._recompute = config.refresh_recompute
         self._sums_updates = sums_updates
         self._num_steps = 0
         self._observed: dict[int, Tensor] = {}

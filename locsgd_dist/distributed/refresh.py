@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from locsgd_dist.distributed.traffic import Traffic
-from locsgd_dist.localized import LocalizedLearner
+from locsgd_dist.localized import LocalizedConfig, LocalizedLearner
 
 BUCKET_BYTES = 25 << 20
 
@@ -28,10 +28,10 @@ class Refresh:
         learner: of the localized region.
         group: the data group, or None for a world of one.
         traffic: counts each all-reduce's payload as gradients.
-        every: steps between two refresh steps; 0: none, the paper.
-        recompute: run the region's blocks anew in the backward pass, so that the footprint stays low.
+        config: the ``localized`` section, of which this reads what begins with ``refresh``.
+
+    Attributes:
         fraction: share of each batch that backpropagates through the whole network; the step takes it apart.
-        gain: factor on the region's gradients, to make up for the steps between; 1: as they are.
     """
 
     def __init__(
@@ -39,20 +39,16 @@ class Refresh:
         learner: LocalizedLearner,
         group: dist.ProcessGroup | None,
         traffic: Traffic,
-        *,
-        every: int,
-        recompute: bool = True,
-        fraction: float = 1.0,
-        gain: float = 1.0,
+        config: LocalizedConfig,
     ):
         self._learner = learner
         self._group = group
         self._world_size = 1 if group is None else dist.get_world_size(group)
         self._traffic = traffic
-        self._every = every
-        self._recompute = recompute
-        self.fraction = fraction
-        self._gain = gain
+        self._every = config.refresh_every
+        self._recompute = config.refresh_recompute
+        self.fraction = config.refresh_fraction
+        self._gain = config.refresh_gain
         self._num_steps = 0
 
     @property

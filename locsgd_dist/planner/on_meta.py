@@ -242,15 +242,7 @@ class RefreshOnMeta(Refresh):
     is_due = False
 
     def __init__(self, config: LocalizedConfig, learner: LocalizedLearner, region: RegionOnMeta, world_size: int):
-        super().__init__(
-            learner,
-            None,
-            region.traffic,
-            every=config.refresh_every,
-            recompute=config.refresh_recompute,
-            fraction=config.refresh_fraction,
-            gain=config.refresh_gain,
-        )
+        super().__init__(learner, None, region.traffic, config)
         self._region = region
         self._world_size = world_size
 

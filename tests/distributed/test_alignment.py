@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from locsgd_dist.data import Batch
 from locsgd_dist.distributed import Alignment, Refresh, RegionDDP, ReplicaConfig, Traffic, make_replicas
 from locsgd_dist.distributed.replicas import assign_owners
-from locsgd_dist.localized import LocalizedLearner
+from locsgd_dist.localized import LocalizedConfig, LocalizedLearner
 from locsgd_dist.optimization import OptimConfig, RegionOptimizer
 from locsgd_dist.step import Tally, TrainConfig, TrainStep
 
@@ -51,17 +51,15 @@ class Training:
         traffic = Traffic()
         self.region = RegionDDP(model, group, traffic)
         self.replicas = make_replicas(ReplicaConfig(mode, window), self.learner, group, traffic)
-        self.refresh = Refresh(
-            self.learner, group, traffic, every=refresh_every, fraction=refresh_fraction, recompute=recompute
+        config = LocalizedConfig(
+            refresh_every=refresh_every,
+            refresh_fraction=refresh_fraction,
+            refresh_recompute=recompute,
+            alignment_every=alignment_every,
         )
+        self.refresh = Refresh(self.learner, group, traffic, config)
         self.alignment = Alignment(
-            self.learner,
-            self.refresh,
-            group,
-            traffic,
-            every=alignment_every,
-            recompute=recompute,
-            sums_updates=mode == "all_reduce",
+            self.learner, self.refresh, group, traffic, config, sums_updates=mode == "all_reduce"
         )
         self.optimizer = RegionOptimizer(model, OPTIM, keeps_released=refresh_every > 0)
         self.step = TrainStep(

@@ -51,7 +51,7 @@ CASES = {
     "while replicas drift": (2, ["--replicas.mode=periodic", "--replicas.every=3"], 5, 22),
     "all reduced": (2, ["--replicas.mode=all_reduce", "--localized.refresh_every=3", *ALIGNED], 5, 17),
     "with a worker": (1, ["--data.workers=1"], 5, 17),
-    "four ranks": (4, ["--replicas.every=3", "--localized.refresh_every=4"], 4, 12),
+    "four ranks": (4, ["--replicas.every=3", "--localized.refresh_every=4", "--localized.refresh_carry=true"], 4, 12),
 }
 
 

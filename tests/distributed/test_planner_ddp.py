@@ -32,8 +32,7 @@ def train(config: Config, boundary: int) -> tuple[int, int, int]:
     traffic, group = Traffic(), dist.group.WORLD
     region = RegionDDP(model, group, traffic)
     replicas = make_replicas(config.replicas, learner, group, traffic)
-    localized = config.localized
-    refresh = Refresh(learner, group, traffic, every=localized.refresh_every, recompute=localized.refresh_recompute)
+    refresh = Refresh(learner, group, traffic, config.localized)
     optimizer = RegionOptimizer(model, config.optim, keeps_released=refresh.enabled)
     step = TrainStep(config.train, region, replicas, optimizer, refresh=refresh, world_size=2, device=CPU)
     optimizer.release(learner.advance(boundary))

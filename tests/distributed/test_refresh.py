@@ -13,7 +13,7 @@ from torch import nn
 
 from locsgd_dist.data import Batch
 from locsgd_dist.distributed import Refresh, RegionDDP, ReplicaConfig, Traffic, make_replicas
-from locsgd_dist.localized import LocalizedLearner
+from locsgd_dist.localized import LocalizedConfig, LocalizedLearner
 from locsgd_dist.optimization import OptimConfig, RegionOptimizer
 from locsgd_dist.step import Tally, TrainConfig, TrainStep
 
@@ -34,6 +34,7 @@ class Training:
         recompute: bool = False,
         fraction: float = 1,
         gain: float = 1,
+        carry: bool = False,
     ):
         self.model = model
         self.learner = LocalizedLearner(model, torch.zeros(1, 3, 8, 8), rule=rule, lr=0.02)
@@ -42,10 +43,15 @@ class Training:
         self.traffic = Traffic()
         self.region = RegionDDP(model, group, self.traffic)
         self.replicas = make_replicas(ReplicaConfig("sharded", 2), self.learner, group, self.traffic)
-        self.refresh = Refresh(
-            self.learner, group, self.traffic, every=every, recompute=recompute, fraction=fraction, gain=gain
+        config = LocalizedConfig(
+            refresh_every=every,
+            refresh_recompute=recompute,
+            refresh_fraction=fraction,
+            refresh_gain=gain,
+            refresh_carry=carry,
         )
-        self.optimizer = RegionOptimizer(model, OPTIM, keeps_released=every > 0)
+        self.refresh = Refresh(self.learner, group, self.traffic, config)
+        self.optimizer = RegionOptimizer(model, OPTIM, keeps_released=every > 0, carries_released=carry)
         self.step = TrainStep(
             TrainConfig(device="cpu"),
             self.region,
@@ -85,34 +91,44 @@ def test_a_refresh_every_step_is_plain_sgd_bit_for_bit(two_ranks: Any, boundary:
         assert_bit_equal([plain, other])
 
 
-def reference(boundary: int, every: int, gain: float) -> Weights:
-    """Plain torch on whole batches: outside refresh steps the localized region has no gradient, so nothing moves it."""
+def reference(boundary: int, every: int, gain: float, carry: bool) -> Weights:
+    """Plain torch on whole batches: outside refresh steps the localized region has no gradient, so nothing moves it;
+    where momentum is carried on, its gradient is zero there, and its weights do not decay."""
     torch.manual_seed(0)
     model = PlainNet()
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, weight_decay=OPTIM.weight_decay
-    )
     localized = [p for name in LAYERS[:boundary] for p in model.get_submodule(name).parameters()]
+    rest = [p for name in LAYERS[boundary:] for p in model.get_submodule(name).parameters()]
+    optimizer = torch.optim.SGD(
+        [{"params": localized}, {"params": rest}],
+        lr=OPTIM.lr,
+        momentum=OPTIM.momentum,
+        weight_decay=OPTIM.weight_decay,
+    )
     for index in range(STEPS):
         optimizer.zero_grad()
         images, targets = samples(BATCH, index)
         F.cross_entropy(model(images), targets).backward()
         if index >= SHIFT_AT:
+            is_refresh = (index + 1) % every == 0
+            optimizer.param_groups[0]["weight_decay"] = OPTIM.weight_decay if is_refresh else 0.0
             for parameter in localized:
-                if (index + 1) % every == 0:
-                    parameter.grad *= gain
-                else:
-                    parameter.grad = None
+                assert parameter.grad is not None
+                factor = gain if is_refresh else 0.0
+                parameter.grad = parameter.grad * factor if is_refresh or carry else None
         optimizer.step()
     return weights_of(model)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("gain", [1.0, 3.0])
-def test_between_refreshes_the_region_rests_with_its_momentum(ranks: Any, gain: float, recompute: bool) -> None:
-    results = ranks.run(train, "plain", 3, {"every": 3, "gain": gain, "recompute": recompute})
+@pytest.mark.parametrize("carry", [False, True])
+def test_between_refreshes_the_regions_momentum_rests_or_is_carried_on(
+    ranks: Any, carry: bool, gain: float, recompute: bool
+) -> None:
+    options = {"every": 3, "gain": gain, "recompute": recompute, "carry": carry}
+    results = ranks.run(train, "plain", 3, options)
     assert_bit_equal(results)
-    assert_close(results[0], reference(3, 3, gain), rtol=1e-4, atol=5e-6)
+    assert_close(results[0], reference(3, 3, gain, carry), rtol=1e-4, atol=5e-6)
 
 
 def reference_in_part(world_size: int, boundary: int, every: int, sizes: dict[int, int], gain: float) -> Weights:
@@ -201,11 +217,11 @@ def test_a_refresh_step_sends_every_gradient_and_the_others_those_of_the_sgd_reg
 def test_the_count_of_steps_is_restored() -> None:
     learner = LocalizedLearner(PlainNet(), torch.zeros(1, 3, 8, 8), rule="frozen")
     learner.advance(1)
-    refresh = Refresh(learner, None, Traffic(), every=3)
+    refresh = Refresh(learner, None, Traffic(), LocalizedConfig(refresh_every=3))
     due: list[bool] = []
     for _ in range(7):
         # As after a restart: a new object with the old one's state.
-        restored = Refresh(learner, None, Traffic(), every=3)
+        restored = Refresh(learner, None, Traffic(), LocalizedConfig(refresh_every=3))
         restored.load_state_dict(refresh.state_dict())
         refresh = restored
         due.append(refresh.is_due)

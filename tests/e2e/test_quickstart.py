@@ -15,6 +15,9 @@ from launching import environment, events, metrics
 
 from locsgd_dist.models import ModelConfig, build_model
 
+# With pytest-xdist on one worker: it is run once.
+pytestmark = pytest.mark.xdist_group("quickstart")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

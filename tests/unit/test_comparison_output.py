@@ -18,6 +18,9 @@ from locsgd_dist.reporting.comparison.plots import looks
 CIFAR = {"data.name": "cifar10"}
 FIGURES = {"frontier-flops", "frontier-time", "frontier-cpu", "accuracy-time", "accuracy-samples"}
 
+# With pytest-xdist on one worker: the page is written once.
+pytestmark = pytest.mark.xdist_group("comparison")
+
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:

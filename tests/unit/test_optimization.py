@@ -111,6 +111,42 @@ def test_state_loads_by_name_after_layers_have_left(name: str):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_momentum_that_is_carried_on_is_that_of_steps_without_gradient(fused: bool, nesterov: bool):
+    """The first layer has a gradient in every third step; of the others one is left out as not finite."""
+    config = OptimConfig(lr=0.1, weight_decay=0.01, nesterov=nesterov)
+    model, twin = network(), network()
+    options = {"keeps_released": True, "carries_released": True, "fused": fused}
+    optimizer = RegionOptimizer(model, config, **options)
+    groups = [{"params": twin[0].parameters()}, {"params": twin[1:].parameters()}]
+    oracle = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
+    optimizer.release(model[0].parameters())
+    for step in range(9):
+        backward(model, step)
+        backward(twin, step)
+        is_refresh = step % 3 == 2
+        oracle.param_groups[0]["weight_decay"] = 0.01 if is_refresh else 0.0
+        if not is_refresh:
+            for ours, theirs in zip(model[0].parameters(), twin[0].parameters(), strict=True):
+                ours.grad, theirs.grad = None, torch.zeros_like(theirs)
+        is_bad = step in (4, 5, 6)
+        optimizer.step(unless=torch.tensor(is_bad))
+        # Before its first gradient it rests: torch's momentum begins with that.
+        if not is_bad:
+            oracle.step()
+        optimizer.zero_grad()
+        oracle.zero_grad()
+        if step == 6:
+            saved, again = optimizer.state_dict(), network()
+            again.load_state_dict(model.state_dict())
+            model, optimizer = again, RegionOptimizer(again, config, **options)
+            optimizer.release(model[0].parameters())
+            optimizer.load_state_dict(saved)
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_norms_and_biases_can_be_spared_weight_decay():
     model = network()
     optimizer = RegionOptimizer(model, OptimConfig(lr=0.1, momentum=0, weight_decay=0.5, decay_norm_and_bias=False))

@@ -45,16 +45,7 @@ class Measured:
         self.model = build_model(config.model, CLASSES).train()
         self.learner = LocalizedLearner(self.model, torch.zeros(1, 3, side, side), rule=config.localized.rule)
         region, replicas = RegionDDP(self.model, None), Replicas(self.learner)
-        localized = config.localized
-        refresh = Refresh(
-            self.learner,
-            None,
-            region.traffic,
-            every=localized.refresh_every,
-            recompute=localized.refresh_recompute,
-            fraction=localized.refresh_fraction,
-            gain=localized.refresh_gain,
-        )
+        refresh = Refresh(self.learner, None, region.traffic, config.localized)
         self.optimizer = RegionOptimizer(self.model, config.optim, keeps_released=refresh.enabled)
         self.step = TrainStep(config.train, region, replicas, self.optimizer, refresh=refresh, world_size=1, device=CPU)
 

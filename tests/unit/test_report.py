@@ -32,6 +32,9 @@ TITLES = {
     "layer-drift": "Drift per layer",
 }
 
+# With pytest-xdist on one worker: the report is written once.
+pytestmark = pytest.mark.xdist_group("report")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

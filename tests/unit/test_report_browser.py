@@ -17,7 +17,10 @@ from locsgd_dist.reporting import write_report
 from locsgd_dist.reporting.style import PALETTE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found"),
+    pytest.mark.xdist_group("browser"),  # one worker: the report is written once
+]
 
 PROBE = """
 const page = frame.contentDocument, view = frame.contentWindow;

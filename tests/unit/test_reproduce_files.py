@@ -29,6 +29,9 @@ NETWORKS = {
     "figure6": {"resnet50"},
 }
 
+# With pytest-xdist on one worker: the files are resolved once.
+pytestmark = pytest.mark.xdist_group("reproduce")
+
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
