@@ -17,7 +17,7 @@ from locsgd_dist.data import build_data, data_shape
 from locsgd_dist.distributed import resolve_device
 from locsgd_dist.models import build_model
 from locsgd_dist.recording import RunDirectory
-from locsgd_dist.step import evaluate
+from locsgd_dist.validation import evaluate
 
 ExportFormat = Literal["state_dict", "torch_export", "onnx"]
 

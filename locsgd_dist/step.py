@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -222,7 +222,7 @@ class TrainStep:
     def _forward_backward(self, batch: Batch, samples: int, tally: Tally) -> None:
         # A rank without samples still joins every collective: one filler sample, in evaluation mode so that neither
         # running statistics nor localized updates see it.
-        filler = nullcontext() if batch.local_size else _evaluation_mode(self._region.module)
+        filler = nullcontext() if batch.local_size else evaluation_mode(self._region.module)
         with self._autocast, filler:
             logits = self._region(batch.images)
             loss_sum = F.cross_entropy(
@@ -272,7 +272,7 @@ def _whole_share(passes: Sequence[_Pass]) -> float:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module is in evaluation mode inside, and in its own again after: norms may be held in evaluation mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -288,27 +288,3 @@ def autocast(config: TrainConfig, device: torch.device) -> Any:
     if config.precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if config.precision == "bf16" else torch.float16)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    config: TrainConfig,
-    device: torch.device,
-    *,
-    between: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """Cross-entropy, correct answers and samples, summed over this rank's share of a set.
-
-    Args:
-        between: called after each batch.
-    """
-    tally = Tally(device)
-    with _evaluation_mode(model):
-        for batch in batches:
-            with autocast(config, device):
-                logits = model(batch.images)
-            tally.add(F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits, batch.targets)
-            between()
-    return tally.sums()

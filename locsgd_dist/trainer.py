@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
@@ -25,7 +24,6 @@ from locsgd_dist.distributed import (
     Runtime,
     Traffic,
     make_replicas,
-    pool_buffers,
     refuse_synchronised_norms,
     resolve_device,
 )
@@ -46,10 +44,9 @@ from locsgd_dist.progress import Progress
 from locsgd_dist.recording import Recorder, RunDirectory
 from locsgd_dist.run_state import RunState, seed_everything
 from locsgd_dist.saving import Checkpointer
-from locsgd_dist.step import TrainStep, evaluate
+from locsgd_dist.step import TrainStep
 from locsgd_dist.transitions import Transitions
-
-UNEVALUATED: dict[str, Any] = {"val_loss": None, "val_top1": None, "eval_seconds": 0.0}
+from locsgd_dist.validation import Validation
 
 
 class Trainer:
@@ -157,6 +154,9 @@ class Trainer:
             label_smoothing=config.optim.label_smoothing,
             penalty=self.baseline.penalty,
         )
+        self.validation = Validation(
+            config.train, self.model, self.ema, replicas=self.replicas, data=self.data, runtime=self.runtime
+        )
         if config.train.compile:
             self.model.compile()
         self.recorder = self._closing(
@@ -246,17 +246,18 @@ class Trainer:
         """Training, evaluation, and what follows from them; goes on where an earlier process has left the epoch."""
         progress = self.progress
         is_last = progress.epoch + 1 == self.config.train.epochs
-        is_evaluated = is_last or (progress.epoch + 1) % self.config.train.evaluate_every == 0
+        is_evaluated = self.validation.is_due(progress.epoch)
         trained: dict[str, Any] | None = progress.record
         if trained is None:
             with self.batching.leaving_on_out_of_memory(progress.epoch):
                 self._train_epoch()
             trained = self.records.of_training() | self.transitions.size
-            self._pool(with_average=is_evaluated)
+            self.validation.pool(with_average=is_evaluated)
             change = agreed(self.trace.end(), self.runtime)
             self.transitions.prune()
             progress.record = trained = trained | self.records.of_state(change)
-        metrics = trained | (self._validate() if is_evaluated else UNEVALUATED)
+        measured = self.validation.measure(self.checkpoints.between_batches) if is_evaluated else Validation.UNEVALUATED
+        metrics = trained | measured
         progress.end_epoch()
         self._decide(metrics)
         self.recorder.epoch(metrics)
@@ -327,30 +328,6 @@ class Trainer:
         stream = iter(self.data.train)
         while batches := list(itertools.islice(stream, self.config.train.gradient_accumulation)):
             yield batches
-
-    def _pool(self, *, with_average: bool) -> None:
-        """Makes the network equal on all ranks, and its moving average where it is about to be evaluated."""
-        self.replicas.synchronise()
-        pool_buffers(self.model, self.runtime.data_group)
-        if self.ema is not None and with_average:
-            self.replicas.synchronise_copy(self.ema.module)
-            pool_buffers(self.ema, self.runtime.data_group)
-
-    def _validate(self) -> dict[str, Any]:
-        start = time.perf_counter()
-        metrics: dict[str, Any] = {}
-        models = {"": self.model}
-        if self.ema is not None:
-            models["ema_"] = self.ema.module
-        listen = self.checkpoints.between_batches
-        for prefix, model in models.items():
-            sums = evaluate(model, self.data.val, self.config.train, self.runtime.device, between=listen)
-            # All ranks listen equally often: one with fewer batches makes up for it.
-            for _ in range(self.data.val.num_rounds - len(self.data.val)):
-                listen()
-            loss, correct, samples = self.runtime.sum(sums)
-            metrics |= {f"{prefix}val_loss": loss / samples, f"{prefix}val_top1": correct / samples}
-        return metrics | {"eval_seconds": time.perf_counter() - start}
 
     def _decide(self, metrics: dict[str, Any]) -> None:
         """What the next epoch does differently, from numbers that all ranks share."""

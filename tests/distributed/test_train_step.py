@@ -29,7 +29,8 @@ from locsgd_dist.distributed import RegionDDP, ReplicaConfig, Traffic, make_repl
 from locsgd_dist.distributed.replicas import assign_owners
 from locsgd_dist.localized import LocalizedLearner
 from locsgd_dist.optimization import OptimConfig, RegionOptimizer
-from locsgd_dist.step import Tally, TrainConfig, TrainStep, evaluate
+from locsgd_dist.step import Tally, TrainConfig, TrainStep
+from locsgd_dist.validation import evaluate
 
 LOCAL_LR = 0.02
 CPU = torch.device("cpu")

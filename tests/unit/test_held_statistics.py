@@ -17,7 +17,8 @@ from locsgd_dist.distributed.replicas import Replicas
 from locsgd_dist.localized import LocalizedLearner
 from locsgd_dist.localized.layers import trace_layers
 from locsgd_dist.optimization import OptimConfig, RegionOptimizer
-from locsgd_dist.step import Tally, TrainConfig, TrainStep, evaluate
+from locsgd_dist.step import Tally, TrainConfig, TrainStep
+from locsgd_dist.validation import evaluate
 
 CPU = torch.device("cpu")
 EXAMPLE = torch.zeros(1, 3, 8, 8)
