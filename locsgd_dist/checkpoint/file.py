@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -14,6 +16,10 @@ import torch
 _TRAILER = b"\nlocsgd-sha256 %s\n"
 _TRAILER_PATTERN = re.compile(rb"\nlocsgd-sha256 ([0-9a-f]{64})\n\Z")
 _TRAILER_BYTES = len(_TRAILER % (b"0" * 64))
+
+# What a network file system says when a server is away for a moment: no reason to go back to an older checkpoint.
+_TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR}
+_PAUSES = (1.0, 5.0)
 
 
 def save_atomically(state: Any, path: Path) -> None:
@@ -39,19 +45,31 @@ def save_atomically(state: Any, path: Path) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state on the CPU; tensors and plain values only.
+    """A checkpoint's state on the CPU; tensors and plain values only. What a file system may not read at once is tried
+    again, for some seconds.
 
     Raises:
         ValueError: the file is missing, torn, altered or not a checkpoint.
     """
     try:
-        _verify(path)
+        _verify_patiently(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn archive surfaces as any of half a dozen types
         raise ValueError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(state, dict) or "model" not in state:
         raise ValueError(f"checkpoint {path} is not one of this trainer: it holds no model")
     return state
+
+
+def _verify_patiently(path: Path) -> None:
+    for pause in _PAUSES:
+        try:
+            return _verify(path)
+        except OSError as error:
+            if error.errno not in _TRANSIENT:
+                raise
+            time.sleep(pause)
+    return _verify(path)
 
 
 def _verify(path: Path) -> None:

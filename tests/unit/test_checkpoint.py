@@ -1,5 +1,9 @@
 """Checkpoints: whole or not at all, the newest readable one, and when a run may not go on."""
 
+import errno
+import time
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -61,6 +65,26 @@ def test_one_altered_bit_is_noticed(tmp_path, caplog):
     _, newest = store.load_newest()
     assert newest["epoch"] == 1
     assert "epoch-0002.pt" in caplog.text
+
+
+@pytest.mark.parametrize(("failures", "expected"), [(2, 2), (3, 1)])
+def test_a_file_system_that_is_away_for_a_moment_costs_no_epoch(tmp_path, monkeypatch, failures: int, expected: int):
+    store = CheckpointStore(tmp_path, keep=3)
+    store.save(state(1), Position(1))
+    newest = store.save(state(2), Position(2))
+    open_file, left, pauses = Path.open, [failures], []
+
+    def flaky(path: Path, *args: object, **kwargs: object):
+        if path == newest and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return open_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", flaky)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    _, loaded = store.load_newest()
+    assert loaded["epoch"] == expected
+    assert pauses == [1, 5]
 
 
 def test_checkpoints_inside_epochs_stand_between_those_at_their_edges(tmp_path):
