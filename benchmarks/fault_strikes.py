@@ -16,7 +16,7 @@ import torch
 from rank_agent import Rank
 from small_run import SAMPLES
 
-import locsgd_dist.trainer as trainer_module
+import locsgd_dist.validation as validation_module
 from locsgd_dist.batching import BatchController
 from locsgd_dist.checkpoint.file import _HashingFile
 from locsgd_dist.data.streams import TrainStream
@@ -164,7 +164,7 @@ def _strike_in_steps(strike: Strike) -> None:
 def _strike_at_edges(strike: Strike) -> None:
     """Between the steps of a shift, of a doubling, of an evaluation."""
     advance, scale = LocalizedLearner.advance, BatchController._scale_learning_rates
-    grow, evaluate = BatchController.grow, trainer_module.evaluate
+    grow, evaluate = BatchController.grow, validation_module.evaluate
     shifts, evaluations = _counter(), _counter()
 
     def advance_struck(self: LocalizedLearner, *arguments: Any) -> Any:
@@ -196,7 +196,7 @@ def _strike_at_edges(strike: Strike) -> None:
     LocalizedLearner.advance = advance_struck  # type: ignore[method-assign]
     BatchController.grow = grow_struck  # type: ignore[method-assign]
     BatchController._scale_learning_rates = scale_struck  # type: ignore[method-assign]
-    trainer_module.evaluate = evaluate_struck  # type: ignore[assignment]
+    validation_module.evaluate = evaluate_struck  # type: ignore[assignment]
 
 
 def _strike_while_saving(strike: Strike, writes: bool) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from locsgd_dist.data import Batch
 from locsgd_dist.distributed import Refresh, RegionDDP, Replicas, Traffic
-from locsgd_dist.localized import LocalizedLearner
+from locsgd_dist.localized import LocalizedConfig, LocalizedLearner
 from locsgd_dist.models import ModelConfig, build_model
 from locsgd_dist.optimization import OptimConfig, RegionOptimizer
 from locsgd_dist.step import Tally, TrainConfig, TrainStep
@@ -93,14 +93,10 @@ class Contender:
         self.boundary = int(share * len(self.learner.layers))
         region = RegionDDP(model, None)
         replicas = Replicas(self.learner)
-        refresh = Refresh(
-            self.learner,
-            None,
-            Traffic(),
-            every=int(mode.refresh),
-            recompute=mode.recompute,
-            fraction=mode.refresh_fraction,
+        config = LocalizedConfig(
+            refresh_every=int(mode.refresh), refresh_recompute=mode.recompute, refresh_fraction=mode.refresh_fraction
         )
+        refresh = Refresh(self.learner, None, Traffic(), config)
         optimizer = RegionOptimizer(model, OptimConfig(lr=1e-3), keeps_released=mode.refresh)
         optimizer.release(self.learner.advance(self.boundary))
         self.step = TrainStep(train, region, replicas, optimizer, refresh=refresh, world_size=1, device=device)
@@ -239,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(CPU_NETWORKS), default=list(CPU_NETWORKS))
     parser.add_argument("--boundaries", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 0.9])
+    parser.add_argument("--batch", type=int, help="images in a step; default: each network's own")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -254,6 +251,8 @@ def main() -> None:
     result = environment(device) | {"rounds": options.rounds, "steps": [], "parts": []}
     for label in options.networks:
         network = networks[label]
+        if options.batch:
+            network = replace(network, batch=options.batch)
         records = measure(label, network, options.boundaries, train, device, options.rounds)
         result["steps"] += records
         show(label, records)

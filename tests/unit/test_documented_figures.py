@@ -218,7 +218,7 @@ def ranged(summary: dict[str, float], digits: int = 2) -> str:
     return f"{middle} ({least}–{most})"
 
 
-def step_time() -> Cells:
+def step_time(name: str) -> Cells:
     def faster(record: dict[str, Any]) -> str:
         return f"{ranged(record['cpu_speed_up_over_sgd'])}, limit {record['limit']:.2f}"
 
@@ -229,7 +229,8 @@ def step_time() -> Cells:
             faster(modes["refresh of 1/4 each step"]),
             ranged(modes["hebbian 1/8"]["cpu_time_over_frozen"]),
         ]
-        for label, modes in at_three_quarters("step_time.json").items()
+        for label, modes in at_three_quarters(name).items()
+        if modes
     }
 
 
@@ -268,7 +269,10 @@ def overhead() -> Cells:
 
 EXPECTED: dict[str, Callable[[], Cells]] = {
     **{name: partial(study, name) for name in STUDIES},
-    "step_time.json": step_time,
+    **{
+        name: partial(step_time, name)
+        for name in ("step_time.json", "step_time_batch32.json", "step_time_batch64.json")
+    },
     "memory.json": memory,
     "overhead.json": overhead,
     "table2_small.json": table2_small,
