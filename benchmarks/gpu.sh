@@ -25,7 +25,7 @@ part() { # part SECONDS NAME ARGUMENTS...
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA GPU in use here"' || exit 2
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out/device.csv"
 part 130 step_time benchmarks/step_time.py --device cuda --precision bf16 --boundaries 0.5 0.75 --rounds 15 --output "$out/step_time.json"
-part 100 step_time_compiled benchmarks/step_time.py --device cuda --precision bf16 --compile --no-parts --networks resnet18 resnet50 --boundaries 0.75 --rounds 15 --output "$out/step_time_compiled.json"
+part 100 step_time_compiled benchmarks/step_time.py --device cuda --precision bf16 --compile --no-parts --networks resnet18 resnet50 --modes "hebbian 1/8" --boundaries 0.75 --rounds 15 --output "$out/step_time_compiled.json"
 part 80 overhead benchmarks/overhead.py --device cuda --precision bf16 --width 64 --batch 128 --workers 8 --rounds 7 --output "$out/overhead.json"
 part 60 input benchmarks/input.py --device cuda --rounds 5 --output "$out/input.json"
 part 80 quickstart -m locsgd_dist.train --config quickstart --train.device=cuda --run.dir="$out/quickstart" --run.resume=never --run.console=plain

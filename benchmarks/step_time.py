@@ -77,6 +77,9 @@ MODES = {
 }
 
 
+EAGER = "sgd, not compiled"
+
+
 class Contender:
     """One network at one boundary, taking steps."""
 
@@ -132,20 +135,28 @@ def limits(learner: LocalizedLearner, boundary: int) -> dict[str, float]:
 
 
 def measure(
-    label: str, network: Network, shares: list[float], train: TrainConfig, device: torch.device, rounds: int
+    label: str,
+    network: Network,
+    shares: list[float],
+    names: list[str],
+    train: TrainConfig,
+    device: torch.device,
+    rounds: int,
 ) -> list[dict[str, Any]]:
     records = []
     for share in shares:
-        modes = {name: mode for name, mode in MODES.items() if share > 0 or name == "sgd"}
+        modes = {name: MODES[name] for name in names if share > 0 or name == "sgd"}
         contenders: dict[str, Callable[[], Any]] = {}
         for name, mode in modes.items():
             contenders[name] = Contender(network, 0.0 if name == "sgd" else share, mode, train, device)
+        if train.compile:
+            contenders[EAGER] = Contender(network, 0.0, MODES["sgd"], replace(train, compile=False), device)
         probe: Any = contenders["frozen" if share > 0 else "sgd"]
-        limit = limits(probe.learner, probe.boundary)
+        limit = limits(probe.learner, probe.boundary) | {EAGER: 1.0}
         taken = alternate(contenders, device, rounds=rounds, warmup=2)
         if share > 0:
             for every in (4, 8):
-                for suffix in ("", ", recomputed"):
+                for suffix in (s for s in ("", ", recomputed") if f"refresh step{s}" in names):
                     name = f"refresh/{every}{suffix}"
                     for seconds in (taken.wall, taken.cpu):
                         refreshed = seconds[f"refresh step{suffix}"]
@@ -161,7 +172,7 @@ def measure(
                 "side": network.side,
                 "batch": network.batch,
                 "share_of_layers": share,
-                "boundary": 0 if name == "sgd" else probe.boundary,
+                "boundary": 0 if name in ("sgd", EAGER) else probe.boundary,
                 "mode": name,
                 "milliseconds": 1e3 * spread(taken.wall[name])["median"],
                 "cpu_milliseconds": 1e3 * spread(taken.cpu[name])["median"],
@@ -235,6 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(CPU_NETWORKS), default=list(CPU_NETWORKS))
     parser.add_argument("--boundaries", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 0.9])
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="sgd and frozen always")
     parser.add_argument("--batch", type=int, help="images in a step; default: each network's own")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -253,7 +265,8 @@ def main() -> None:
         network = networks[label]
         if options.batch:
             network = replace(network, batch=options.batch)
-        records = measure(label, network, options.boundaries, train, device, options.rounds)
+        names = [name for name in MODES if name in {*options.modes, "sgd", "frozen"}]
+        records = measure(label, network, options.boundaries, names, train, device, options.rounds)
         result["steps"] += records
         show(label, records)
         if not options.no_parts:

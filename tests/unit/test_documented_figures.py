@@ -415,6 +415,15 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
         r"\(`localized/paper_literal`\) \| ([\d.]+) % \| ([\d.]+) %:",
         lambda: top1_and_saving("bench_paper_5000.json", "images-5000-sgd", "images-5000-literal")[:2],
     ),
+    (
+        "performance.md",
+        r"plain step takes ([\d.]+ \([\d.–]+\)) of its\s+time by compiling .*?ΔW on an eighth ([\d.]+ \([\d.–]+\)), "
+        r"frozen ([\d.]+ \([\d.–]+\))\s+times",
+        lambda: [
+            ranged(at_three_quarters("step_time_compiled.json")["ResNet-18"][mode]["cpu_speed_up_over_sgd"])
+            for mode in ("sgd, not compiled", "hebbian 1/8", "frozen")
+        ],
+    ),
     ("results.md", r"\(`localized.rule=none`\) \| (\d+) of (\d+) \| ([\d.]+) % \|", lambda: screen("none")),
     ("results.md", r"η = .01 \(`hebbian`\) \| (\d+) of (\d+) \| ([\d.]+) % \|", lambda: screen("hebbian")),
     (
