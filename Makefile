@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed
 	@echo "Report: runs/quickstart/report.html"
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --durations=25
 
 # Without the tests that start several processes.
 test-quick: $(VENV)/.installed-test
