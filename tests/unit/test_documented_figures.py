@@ -134,6 +134,12 @@ STUDIES: dict[str, dict[str, str]] = {
         "T = 75 % from the start, every 4th step true, recomputing": "many-refresh4-recomputed",
         "frozen, T = 75 % from the start": "many-frozen-75",
     },
+    "bench_l_small.json": {
+        "SGD, 90 epochs": "sgd",
+        "SGD, 72 epochs": "sgd-72",
+        "every 4th step true, × 2": "refresh4-gain2",
+        "every 4th step true, × 2, T = 75 % from 50 % of the run on": "refresh4-gain2-early",
+    },
     "bench_s.json": {
         "SGD everywhere, 24 epochs": "sgd",
         "nothing (`frozen`)": "frozen",
