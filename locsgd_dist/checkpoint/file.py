@@ -52,8 +52,7 @@ def load_state(path: Path) -> dict[str, Any]:
         ValueError: the file is missing, torn, altered or not a checkpoint.
     """
     try:
-        _verify_patiently(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _load_patiently(path)
     except Exception as error:  # a torn archive surfaces as any of half a dozen types
         raise ValueError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(state, dict) or "model" not in state:
@@ -61,15 +60,20 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _verify_patiently(path: Path) -> None:
+def _load_patiently(path: Path) -> Any:
     for pause in _PAUSES:
         try:
-            return _verify(path)
+            return _load(path)
         except OSError as error:
             if error.errno not in _TRANSIENT:
                 raise
             time.sleep(pause)
-    return _verify(path)
+    return _load(path)
+
+
+def _load(path: Path) -> Any:
+    _verify(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _verify(path: Path) -> None:

@@ -67,6 +67,20 @@ def test_one_altered_bit_is_noticed(tmp_path, caplog):
     assert "epoch-0002.pt" in caplog.text
 
 
+def test_a_file_that_fails_after_its_checksum_is_tried_again_too(tmp_path, monkeypatch):
+    save_atomically(state(3), tmp_path / "a.pt")
+    load, failures = torch.load, [OSError(errno.EIO, "Input/output error")]
+
+    def flaky(*args: object, **kwargs: object):
+        if failures:
+            raise failures.pop()
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", flaky)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert load_state(tmp_path / "a.pt")["epoch"] == 3
+
+
 @pytest.mark.parametrize(("failures", "expected"), [(2, 2), (3, 1)])
 def test_a_file_system_that_is_away_for_a_moment_costs_no_epoch(tmp_path, monkeypatch, failures: int, expected: int):
     store = CheckpointStore(tmp_path, keep=3)
