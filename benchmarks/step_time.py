@@ -146,6 +146,8 @@ def measure(
     records = []
     for share in shares:
         modes = {name: MODES[name] for name in names if share > 0 or name == "sgd"}
+        # Graphs are kept by code, of which all contenders share one: beyond its limit torch would go on uncompiled.
+        torch._dynamo.reset()
         contenders: dict[str, Callable[[], Any]] = {}
         for name, mode in modes.items():
             contenders[name] = Contender(network, 0.0 if name == "sgd" else share, mode, train, device)
@@ -256,7 +258,10 @@ def main() -> None:
     parser.add_argument("--no-parts", action="store_true", help="leave out the split into forward, update, backward")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.batch is not None and options.batch < 8:
+        parser.error(f"--batch must be >= 8, of which an eighth is an image, got {options.batch}")
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     device = torch.device(options.device)
     train = TrainConfig(device=options.device, precision=options.precision, channels_last=True, compile=options.compile)
     networks = CUDA_NETWORKS if device.type == "cuda" else CPU_NETWORKS
