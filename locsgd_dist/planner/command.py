@@ -99,6 +99,14 @@ def check_plannable(config: Config) -> None:
             "localized.alignment_every > 0 cannot be planned: steps that backpropagate through the whole network are "
             "not foretold; plan with localized.alignment_every=0, the least that the run needs"
         )
+    localized = config.localized
+    in_part = localized.refresh_every > 0 and localized.refresh_fraction < 1
+    if in_part and config.batch.per_gpu * localized.refresh_fraction < 2:
+        raise ValueError(
+            f"batch.per_gpu must be >= {math.ceil(2 / localized.refresh_fraction)} to be planned with "
+            f"localized.refresh_fraction={localized.refresh_fraction:g}, got {config.batch.per_gpu}: the part of a "
+            "batch that refreshes is two images at least"
+        )
     if config.stochastic_depth.survival < 1:
         raise ValueError(
             "stochastic_depth.survival < 1 cannot be planned: each step runs other blocks; plan with "

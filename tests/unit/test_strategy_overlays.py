@@ -45,6 +45,12 @@ def test_what_changes_the_network_from_step_to_step_is_not_planned(flag: str) ->
         plan(["--config", "quickstart", flag])
 
 
+@pytest.mark.parametrize("per_gpu", [2, 3, 7])
+def test_a_batch_too_small_for_its_parts_is_one_line(per_gpu: int) -> None:
+    with pytest.raises(ValueError, match=rf"^batch\.per_gpu must be >= 8 .* got {per_gpu}: "):
+        plan(["--config", "cifar10/resnet18", "--config", "localized/recommended", f"--batch.per_gpu={per_gpu}"])
+
+
 PRESETS = [name for name in packaged_configs() if name.startswith("localized/")]
 NETWORKS = [name for name in packaged_configs() if name.startswith(("cifar10", "cifar100/", "imagenet/", "recipes/"))]
 
