@@ -39,8 +39,9 @@ class EpochTraffic:
 
     Attributes:
         steps: optimizer steps.
-        gradient_bytes, gradient_collectives: all-reduces of the SGD region, one per bucket and step.
+        gradient_bytes, gradient_collectives: all-reduces, one per bucket and step, those of refresh steps included.
         replica_bytes, replica_exchanges: what keeps replicas of the localized region equal.
+        refresh_bytes, refresh_collectives: of the gradients those of the localized region, in refresh steps.
     """
 
     steps: int
@@ -48,6 +49,8 @@ class EpochTraffic:
     gradient_collectives: int
     replica_bytes: int
     replica_exchanges: int
+    refresh_bytes: int = 0
+    refresh_collectives: int = 0
 
 
 def num_steps(num_train: int, images_per_step: int) -> int:
@@ -79,13 +82,16 @@ def epoch_traffic(
     updates = -(-updates // localized.update_every)
     exchanges = updates if replicas.mode == "all_reduce" else -(-updates // replicas.every)
     exchanges = exchanges if step.replica_bytes else 0
+    refresh_bytes = refreshes * step.refresh_bytes
+    refresh_collectives = refreshes * math.ceil(step.refresh_bytes / BUCKET_BYTES)
     return EpochTraffic(
         steps,
-        gradient_bytes=steps * step.gradient_bytes + refreshes * step.refresh_bytes,
-        gradient_collectives=steps * num_buckets(step.gradient_bytes)
-        + refreshes * math.ceil(step.refresh_bytes / BUCKET_BYTES),
+        gradient_bytes=steps * step.gradient_bytes + refresh_bytes,
+        gradient_collectives=steps * num_buckets(step.gradient_bytes) + refresh_collectives,
         replica_bytes=exchanges * step.replica_bytes,
         replica_exchanges=exchanges,
+        refresh_bytes=refresh_bytes,
+        refresh_collectives=refresh_collectives,
     )
 
 
@@ -112,18 +118,21 @@ class EpochTime:
         forward: forward passes.
         localized: localized updates, on the busiest rank.
         backward: backward passes, those of refresh steps included.
-        exchange: gradients and replicas, as if nothing ran beside them.
+        exchange: gradients of the SGD region and replicas, as if nothing ran beside them.
+        refresh_exchange: the localized region's gradients in refresh steps, which are sent after the backward pass.
     """
 
     forward: float
     localized: float
     backward: float
     exchange: float
+    refresh_exchange: float = 0.0
 
     @property
     def total(self) -> float:
-        """The exchange runs beside the backward pass and shows only where it takes longer."""
-        return self.forward + self.localized + max(self.backward, self.exchange)
+        """The exchange runs beside the backward pass and shows only where it takes longer; that of refresh steps
+        runs beside nothing."""
+        return self.forward + self.localized + max(self.backward, self.exchange) + self.refresh_exchange
 
 
 def epoch_time(
@@ -133,11 +142,12 @@ def epoch_time(
     assert machine.flops_per_second is not None
     per_mac = 2 * num_train / machine.gpus / machine.flops_per_second
     macs = step.macs(machine.gpus)
-    exchange = all_reduce_seconds(traffic.gradient_bytes, traffic.gradient_collectives, machine)
+    refresh_exchange = all_reduce_seconds(traffic.refresh_bytes, traffic.refresh_collectives, machine)
+    exchange = all_reduce_seconds(traffic.gradient_bytes, traffic.gradient_collectives, machine) - refresh_exchange
     if replicas.mode == "sharded":
         owners = min(machine.gpus, len(step.updated))
         exchange += broadcast_seconds(traffic.replica_bytes, traffic.replica_exchanges * owners, machine)
     else:
         exchange += all_reduce_seconds(traffic.replica_bytes, traffic.replica_exchanges, machine)
     backward = macs.backward + macs.refresh
-    return EpochTime(per_mac * macs.forward, per_mac * macs.localized, per_mac * backward, exchange)
+    return EpochTime(per_mac * macs.forward, per_mac * macs.localized, per_mac * backward, exchange, refresh_exchange)

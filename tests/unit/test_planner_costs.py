@@ -188,6 +188,20 @@ def test_an_epochs_time(bytes_per_second: float) -> None:
     assert seconds.total == pytest.approx(seconds.forward + seconds.localized + beside)
 
 
+def test_gradients_of_refresh_steps_hide_behind_nothing() -> None:
+    flags = ("--localized.rule=frozen", "--localized.refresh_every=2")
+    config = parse_config(configuration(*flags))
+    step = steps(*flags)[5]
+    machine = Machine(2, flops_per_second=1e9, bytes_per_second=1e9, latency_seconds=0.0)
+    traffic = epoch_traffic(step, 10, 2, config.replicas, config.localized)
+    seconds = epoch_time(step, traffic, num_train=1000, machine=machine, replicas=config.replicas)
+    assert seconds.exchange == pytest.approx(10 * 4 * sum(OWNED[5:]) / 1e9)
+    assert seconds.refresh_exchange == pytest.approx(5 * 4 * sum(OWNED[:5]) / 1e9)
+    assert seconds.exchange < seconds.backward
+    shown = seconds.forward + seconds.localized + seconds.backward + seconds.refresh_exchange
+    assert seconds.total == pytest.approx(shown)
+
+
 # --- schedule ------------------------------------------------------------------------------------------------------
 
 
