@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from study_rows import STUDIES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,91 +74,6 @@ def table2_small() -> Cells:
     found = variants("table2_small.json")
     assert set(found) == set(VARIANTS.values())
     return {label: _variant_cells(found[name]["figures"]) for label, name in VARIANTS.items()}
-
-
-#: Rows of the studies' tables in docs/results.md and their variants.
-STUDIES: dict[str, dict[str, str]] = {
-    "bench_xs.json": {
-        "SGD, 20 epochs": "sgd",
-        "SGD, 18 epochs": "sgd-18",
-        "SGD, 16 epochs": "sgd-16",
-        "SGD, 14 epochs": "sgd-14",
-        "every 4th step true, × 2": "refresh4-gain2",
-        "every 4th step true, × 4": "refresh4-gain4",
-        "a quarter of each batch true, × ½ (preset `recommended`)": "quarter-gain0.5",
-        "T = 75 % at once after 50 % of the run, every 4th step true": "late-refresh4",
-        "T = 75 % at once after 40 % of the run, every 4th step true, × 2": "late-refresh4-gain2",
-        "T = 75 % from 25 % of the run on, every 2nd step true, × 2": "refresh2-early",
-        "T = 75 % from 50 % of the run on, every 4th step true, × 2": "refresh4-early-gain2",
-        "SGD, 20 epochs, learning rate .1": "sgd-lr0.1",
-        "SGD, 16 epochs, learning rate .1": "sgd-16-lr0.1",
-        "every 4th step true, learning rate .1": "refresh4-lr0.1",
-        "every 4th step true, × 2, learning rate .1": "refresh4-gain2-lr0.1",
-    },
-    "bench_f_few.json": {
-        "SGD, 20 epochs": "few-sgd",
-        "SGD, 15 epochs": "few-sgd-15",
-        "SGD, 12 epochs": "few-sgd-12",
-        "SGD, 10 epochs": "few-sgd-10",
-        "frozen, T = 33 % from the start (preset `finetune`)": "few-frozen-33",
-        "frozen, T = 50 % from the start": "few-frozen-50",
-        "frozen, T = 75 % from the start": "few-frozen-75",
-        "T = 50 % from the start, every 4th step true": "few-half-refresh4",
-        "T = 75 % from the start, every 4th step true, recomputing": "few-refresh4-recomputed",
-        "the same, not recomputing": "few-refresh4",
-        "the same, gradient × 2": "few-refresh4-gain2",
-        "the same, gradient × 4": "few-refresh4-gain4",
-        "T = 75 % from the start, every 2nd step true": "few-refresh2",
-        "T = 75 % from the start, every 8th step true": "few-refresh8",
-        "T = 75 % from the start, a quarter of each batch true, × ½": "few-quarter-gain0.5",
-        "random direction, T = 75 % from the start": "few-random",
-        "the paper's rule (η = .01), T = 75 % from the start": "few-hebbian",
-        "SGD, 20 epochs, learning rate .1": "few-sgd-lr0.1",
-        "SGD, 12 epochs, learning rate .1": "few-sgd-12-lr0.1",
-    },
-    "bench_f_swapped.json": {
-        "SGD, 20 epochs": "few-sgd",
-        "SGD, 15 epochs": "few-sgd-15",
-        "SGD, 12 epochs": "few-sgd-12",
-        "preset `finetune`: frozen, T = 33 % from the start": "few-finetune",
-        "frozen, T = 50 % from the start": "few-frozen-50",
-        "frozen, T = 75 % from the start": "few-frozen-75",
-        "random direction, T = 33 % from the start": "few-random-33",
-        "the paper's rule (η following the rate), T = 33 % from the start": "few-hebbian-33",
-        "the paper's rule reversed, T = 33 % from the start": "few-anti-hebbian-33",
-        "stochastic depth, survival .5": "few-stochastic-depth",
-    },
-    "bench_f_many.json": {
-        "SGD, 6 epochs": "many-sgd",
-        "SGD, 4 epochs": "many-sgd-4",
-        "frozen, T = 33 % from the start (preset `finetune`)": "many-finetune",
-        "T = 75 % from the start, every 4th step true, recomputing": "many-refresh4-recomputed",
-        "frozen, T = 75 % from the start": "many-frozen-75",
-    },
-    "bench_l_small.json": {
-        "SGD, 90 epochs": "sgd",
-        "SGD, 72 epochs": "sgd-72",
-        "every 4th step true, × 2": "refresh4-gain2",
-        "every 4th step true, × 2, T = 75 % from 50 % of the run on": "refresh4-gain2-early",
-    },
-    "bench_s.json": {
-        "SGD everywhere, 24 epochs": "sgd",
-        "nothing (`frozen`)": "frozen",
-        "a true step in every fourth": "frozen-refresh4",
-        "a true step for a quarter of each batch, × ½ (preset `recommended`)": "quarter-gain0.5",
-    },
-    "bench_paper_5000.json": {
-        "plain SGD": "images-5000-sgd",
-        "as printed: .01 in each step": "images-5000-literal",
-        ".01 times the SGD region's rate over its first (preset `paper`)": "images-5000-follows",
-    },
-    "bench_paper_2000.json": {
-        "plain SGD": "images-2000-sgd",
-        "as printed: .01 in each step": "images-2000-literal",
-        ".01 times the SGD region's rate over its first (preset `paper`)": "images-2000-follows",
-        ".01 in an epoch": "images-2000-per-epoch",
-    },
-}
 
 
 def study(name: str) -> Cells:
