@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +16,7 @@ from locsgd_dist.batching import BatchController
 from locsgd_dist.checkpoint import was_restarted
 from locsgd_dist.config import Config
 from locsgd_dist.data import Batch, build_data
+from locsgd_dist.decisions import Decisions
 from locsgd_dist.distributed import (
     Alignment,
     Refresh,
@@ -28,15 +28,8 @@ from locsgd_dist.distributed import (
     resolve_device,
 )
 from locsgd_dist.epoch_record import EpochRecords, agreed
-from locsgd_dist.faults import CollapsedError, CollapseWatch, StepGuard, StopSignals, naming_silent_ranks
-from locsgd_dist.localized import (
-    LocalizedLearner,
-    WeakSupervision,
-    WeightTrace,
-    criterion_values,
-    make_selector,
-)
-from locsgd_dist.localized.selection import ScheduledSelector, Selector
+from locsgd_dist.faults import CollapsedError, StepGuard, StopSignals, naming_silent_ranks
+from locsgd_dist.localized import LocalizedLearner, WeightTrace
 from locsgd_dist.memory import FootprintMonitor
 from locsgd_dist.models import build_model, to_channels_last
 from locsgd_dist.optimization import RegionOptimizer, averaged_model, lr_at
@@ -102,12 +95,7 @@ class Trainer:
         )
         networks = [self.model] if self.ema is None else [self.model, self.ema.module]
         self.baseline = make_baseline(config, networks, self.learner.layers, self.example_input, self.runtime)
-        self.selector = self._make_selector()
-        self.supervision = WeakSupervision()
         self.trace = WeightTrace(self.learner.layers)
-        self.collapse = CollapseWatch(
-            config.faults, [layer.name for layer in self.learner.layers], self.data.num_classes
-        )
         self.traffic = Traffic()
         self.region = RegionDDP(
             self.model,
@@ -116,6 +104,7 @@ class Trainer:
             compression=config.distributed.gradient_compression,
             deterministic=config.train.deterministic,
             skipped=self.baseline.skipped,
+            bucket_mib=config.distributed.bucket_mib,
         )
         self.replicas = make_replicas(
             config.replicas,
@@ -161,6 +150,9 @@ class Trainer:
             self.model.compile()
         self.recorder = self._closing(
             Recorder.open(self.directory.path, config.run, rank=self.runtime.rank, config_yaml=config.to_yaml())
+        )
+        self.decisions = Decisions(
+            config, self.learner.layers, num_classes=self.data.num_classes, recorder=self.recorder
         )
         self.batching = BatchController(
             config,
@@ -211,11 +203,10 @@ class Trainer:
         seed_everything(config.train.seed + 1 + self.runtime.rank)
         if not self.checkpoints.restore(config.run.resume):
             self.recorder.truncate_to(-1, 0)
-            if self.selector.boundary:
+            if self.decisions.boundary:
                 self.trace.begin()
-                start = agreed(self.trace.end(), self.runtime)
-                self.collapse.hand_over(self.selector.boundary, start.norm, start.effective_rank)
-            self.transitions.move_boundary(self.selector.boundary)
+                self.decisions.begin(agreed(self.trace.end(), self.runtime))
+            self.transitions.move_boundary(self.decisions.boundary)
         self.transitions.measure()
         self.batching.respect_incidents(self.progress.epoch, self.progress.samples_seen)
 
@@ -229,15 +220,16 @@ class Trainer:
             StepOutOfMemoryError: a step did not fit; the next start goes on with a batch that does.
         """
         metrics: dict[str, Any] = {}
+        collapse = self.decisions.collapse
         with naming_silent_ranks(self.runtime):
-            while self.progress.epoch < self.config.train.epochs and not self.collapse.ends_run:
+            while self.progress.epoch < self.config.train.epochs and not collapse.ends_run:
                 metrics = self._run_epoch()
             self.checkpoints.finish()
-            if self.collapse.ends_run:
+            if collapse.ends_run:
                 # A rank that fails has the others killed: none may be writing.
                 self.runtime.barrier()
                 raise CollapsedError(
-                    f"the network has collapsed ({self.collapse.verdict}); the run is saved, and goes on with "
+                    f"the network has collapsed ({collapse.verdict}); the run is saved, and goes on with "
                     "faults.on_collapse=warn"
                 )
         return metrics
@@ -259,19 +251,19 @@ class Trainer:
         measured = self.validation.measure(self.checkpoints.between_batches) if is_evaluated else Validation.UNEVALUATED
         metrics = trained | measured
         progress.end_epoch()
-        self._decide(metrics)
+        self.decisions.observe(metrics)
         self.recorder.epoch(metrics)
-        self._look_for_collapse(metrics)
+        self.decisions.look_for_collapse(metrics)
         self.transitions.move_boundary(metrics["boundary_next"])
         self.batching.grow(metrics, is_last=is_last)
-        self.checkpoints.at_epoch_end(metrics, is_last=is_last or self.collapse.ends_run)
+        self.checkpoints.at_epoch_end(metrics, is_last=is_last or self.decisions.collapse.ends_run)
         return metrics
 
     def _train_epoch(self) -> None:
         """One pass over the training set, or what is left of it."""
         progress = self.progress
         if not progress.is_under_way:
-            self.learner.sign = self.supervision.sign
+            self.learner.sign = self.decisions.sign
             self.data.train.set_epoch(progress.epoch)
             self.trace.begin()
             self.monitor.reset_peak()
@@ -329,32 +321,6 @@ class Trainer:
         while batches := list(itertools.islice(stream, self.config.train.gradient_accumulation)):
             yield batches
 
-    def _decide(self, metrics: dict[str, Any]) -> None:
-        """What the next epoch does differently, from numbers that all ranks share."""
-        if self.config.localized.weak_supervision == "alignment":
-            self.supervision.follow(metrics["layer_alignment"])
-        elif self.config.localized.weak_supervision:
-            self.supervision.observe(metrics["train_loss"])
-        values = criterion_values(
-            self.config.selection.criterion,
-            update_norms=metrics["layer_update_norm"],
-            norms=metrics["layer_norm"],
-            sum_of_lr=metrics["sum_of_lr"],
-            loss=metrics["train_loss"],
-        )
-        if self.progress.epoch < self.config.train.epochs:
-            self.selector.observe(metrics["epoch"], values)
-        metrics["boundary_next"] = self.selector.boundary
-
-    def _look_for_collapse(self, metrics: dict[str, Any]) -> None:
-        norms, ranks = metrics["layer_norm"], metrics["layer_effective_rank"]
-        # Where every step was skipped there is no loss.
-        loss = metrics["train_loss"] if metrics["skipped_steps"] < metrics["num_steps"] else None
-        where = {"epoch": metrics["epoch"], "samples_seen": metrics["samples_seen"]}
-        for collapse in self.collapse.observe(metrics["epoch"], loss=loss, norms=norms, ranks=ranks):
-            self.recorder.event("collapse", **where, **asdict(collapse))
-        self.collapse.hand_over(metrics["boundary_next"], norms, ranks)
-
     def _show_progress(self) -> None:
         if not self.recorder.step_due:
             return
@@ -383,26 +349,15 @@ class Trainer:
             optimizer=self.optimizer,
             scaler=self.step.scaler,
             guard=self.guard,
-            collapse=self.collapse,
+            collapse=self.decisions.collapse,
             baseline=self.baseline,
-            selector=self.selector,
-            supervision=self.supervision,
+            selector=self.decisions.selector,
+            supervision=self.decisions.supervision,
             trace=self.trace,
             batching=self.batching,
             stream=self.data.train,
             monitor=self.monitor,
             traffic=self.traffic,
-        )
-
-    def _make_selector(self) -> Selector:
-        if self.config.localized.rule == "none":
-            return ScheduledSelector([0])
-        layers = self.learner.layers
-        return make_selector(
-            self.config.selection,
-            num_layers=len(layers),
-            block_size=layers.block_size,
-            epochs=self.config.train.epochs,
         )
 
     def _closing(self, resource: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 import torchvision.models
 from torch import Tensor, nn
 
+from locsgd_dist.localized import LocalizedLearner
 from locsgd_dist.models import resnet18, vgg13
 from locsgd_dist.models.cifar import CifarResNet
 
@@ -102,3 +103,16 @@ def build(name: str, batch: int = 4, seed: int = 0) -> tuple[nn.Module, Tensor]:
     builder, shape = NETWORKS[name]
     torch.manual_seed(seed)
     return builder().train(), torch.randn(batch, *shape)
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    """A cross-entropy with fixed targets; dropout draws the same numbers in each call."""
+    torch.manual_seed(1)
+    return nn.functional.cross_entropy(model(x), torch.arange(len(x)) % 10)
+
+
+def plain_learner(boundary: int = 2, **options: object) -> tuple[PlainConvolutions, LocalizedLearner, Tensor]:
+    model, x = build("plain")
+    learner = LocalizedLearner(model, x[:1], **options)  # type: ignore[arg-type]
+    learner.advance(boundary)
+    return model, learner, x  # type: ignore[return-value]
