@@ -72,18 +72,28 @@ def _load_patiently(path: Path) -> Any:
 
 
 def _load(path: Path) -> Any:
-    _verify(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    is_whole = _verify(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        if not is_whole:
+            raise
+        # The archive was whole a moment ago: what torch's own reader, which is C++, did not get is the file system's.
+        raise OSError(errno.EIO, str(error)) from error
 
 
-def _verify(path: Path) -> None:
-    """Compares the archive with its checksum. A file without one is left to what torch notices by itself."""
+def _verify(path: Path) -> bool:
+    """Whether the archive has a checksum, which it matches; one without is left to what torch notices by itself.
+
+    Raises:
+        ValueError: it does not match.
+    """
     with path.open("rb") as file:
         remaining = file.seek(0, os.SEEK_END) - _TRAILER_BYTES
         file.seek(max(0, remaining))
         found = _TRAILER_PATTERN.search(file.read())
         if found is None:
-            return
+            return False
         file.seek(0)
         digest = hashlib.sha256()
         while remaining > 0:
@@ -92,6 +102,7 @@ def _verify(path: Path) -> None:
             remaining -= len(chunk)
     if digest.hexdigest().encode() != found[1]:
         raise ValueError("its content does not match its checksum")
+    return True
 
 
 class _HashingFile:

@@ -67,9 +67,13 @@ def test_one_altered_bit_is_noticed(tmp_path, caplog):
     assert "epoch-0002.pt" in caplog.text
 
 
-def test_a_file_that_fails_after_its_checksum_is_tried_again_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.EIO, "Input/output error"), RuntimeError("PytorchStreamReader failed reading file data/0")],
+)
+def test_a_file_that_fails_after_its_checksum_is_tried_again_too(tmp_path, monkeypatch, failure: Exception):
     save_atomically(state(3), tmp_path / "a.pt")
-    load, failures = torch.load, [OSError(errno.EIO, "Input/output error")]
+    load, failures = torch.load, [failure]
 
     def flaky(*args: object, **kwargs: object):
         if failures:
