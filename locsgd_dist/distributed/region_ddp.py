@@ -15,6 +15,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from locsgd_dist.distributed.traffic import Traffic
 
+_MIB = 1 << 20
+
+
+def bucket_mib(region_bytes: int) -> int:
+    """Size of all-reduce buckets that a region with gradients of ``region_bytes`` takes by itself, in MiB.
+
+    A bucket travels while the backward pass fills the next ones; the last has nothing left to hide behind. DDP's own
+    25 MiB are more than a small region has in all: it would travel in one piece, behind its backward pass. An eighth
+    leaves an eighth of the exchange at the end; below 1 MiB messages get too small.
+    """
+    return min(25, max(1, region_bytes // (8 * _MIB)))
+
 
 class RegionDDP:
     """Runs a network under DistributedDataParallel whose buckets follow the boundary.
@@ -32,6 +44,7 @@ class RegionDDP:
             which from 3 ranks on changes the order of summation, so that a resumed run would differ in the last bit.
         skipped: set by the caller before each step, alike on every rank: parameters that the step does not use. Their
             gradients stay None and do not travel. None: every step uses all parameters.
+        bucket_mib: size of all-reduce buckets; None: as the region's size asks for (:func:`bucket_mib`).
     """
 
     def __init__(
@@ -43,6 +56,7 @@ class RegionDDP:
         compression: str = "none",
         deterministic: bool = False,
         skipped: Set[nn.Parameter] | None = None,
+        bucket_mib: int | None = None,
     ):
         self.module = model
         self.traffic = traffic if traffic is not None else Traffic()
@@ -50,6 +64,7 @@ class RegionDDP:
         self._compression = compression
         self._deterministic = deterministic
         self._skipped = skipped
+        self._bucket_mib = bucket_mib
         self._ddp: DistributedDataParallel | None = None
         self._wrap(init_sync=True)
         if process_group is not None and self._ddp is None:
@@ -83,7 +98,8 @@ class RegionDDP:
         self._wrap(init_sync=False)
 
     def _wrap(self, *, init_sync: bool) -> None:
-        if self._group is None or not any(p.requires_grad for p in self.module.parameters()):
+        region_bytes = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)
+        if self._group is None or region_bytes == 0:
             return
         device = next(self.module.parameters()).device
         self._ddp = DistributedDataParallel(
@@ -95,6 +111,7 @@ class RegionDDP:
             forward_sync_buffers=False,
             init_sync=init_sync,
             gradient_as_bucket_view=True,
+            bucket_cap_mb=self._bucket_mib or bucket_mib(region_bytes),
             # On, DDP never rebuilds its buckets; on a network that uses all its parameters that is its only effect.
             # Where parameters may be skipped, it tells DDP not to wait for their gradients.
             find_unused_parameters=self._deterministic or self._skipped is not None,

@@ -31,10 +31,15 @@ class DistributedConfig:
     """A collective that waits longer than this fails; > 0."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """bf16 sends gradients in half the bytes."""
+    bucket_mib: int | None = None
+    """Size of the all-reduce buckets of the SGD region's gradients, in MiB, at least 1; null takes an eighth of the
+    region, at least 1 and at most 25: smaller hides more of the exchange, larger suits many ranks far apart."""
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout_minutes <= _A_YEAR_IN_MINUTES:
             raise ValueError(f"distributed.timeout_minutes must be > 0 and at most a year, got {self.timeout_minutes}")
+        if self.bucket_mib is not None and self.bucket_mib < 1:
+            raise ValueError(f"distributed.bucket_mib must be null or >= 1, got {self.bucket_mib}")
 
 
 def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from locsgd_dist.distributed import ReplicaConfig
+from locsgd_dist.distributed import ReplicaConfig, bucket_mib
+from locsgd_dist.distributed.refresh import BUCKET_BYTES
 from locsgd_dist.localized import LocalizedConfig
 from locsgd_dist.planner.footprint import BoundaryStep
-
-FIRST_BUCKET_BYTES = 1 << 20
-BUCKET_BYTES = 25 << 20
-"""DDP's defaults: the first bucket is small, so that the first all-reduce starts early."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +55,28 @@ def num_steps(num_train: int, images_per_step: int) -> int:
     return -(-num_train // images_per_step)
 
 
-def num_buckets(gradient_bytes: int) -> int:
-    """DDP's all-reduces per step, to within the grain of its tensors: buckets of 25 MiB after one of 1 MiB."""
-    if gradient_bytes == 0:
-        return 0
-    return 1 + max(0, math.ceil((gradient_bytes - FIRST_BUCKET_BYTES) / BUCKET_BYTES))
+def num_buckets(gradient_bytes: int, mib: int | None = None) -> int:
+    """All-reduces per step for the SGD region's gradients, to within the grain of its tensors.
+
+    Args:
+        mib: ``distributed.bucket_mib``.
+    """
+    return math.ceil(gradient_bytes / ((mib or bucket_mib(gradient_bytes)) << 20))
 
 
 def epoch_traffic(
-    step: BoundaryStep, steps: int, gpus: int, replicas: ReplicaConfig, localized: LocalizedConfig | None = None
+    step: BoundaryStep,
+    steps: int,
+    gpus: int,
+    replicas: ReplicaConfig,
+    localized: LocalizedConfig | None = None,
+    mib: int | None = None,
 ) -> EpochTraffic:
     """What one rank sends in an epoch of ``steps`` at that boundary; nothing on one GPU.
 
     Args:
         localized: which steps are refresh steps, and which of the others compute updates; by default none, and all.
+        mib: ``distributed.bucket_mib``.
     """
     if gpus == 1:
         return EpochTraffic(steps, 0, 0, 0, 0)
@@ -87,7 +92,7 @@ def epoch_traffic(
     return EpochTraffic(
         steps,
         gradient_bytes=steps * step.gradient_bytes + refresh_bytes,
-        gradient_collectives=steps * num_buckets(step.gradient_bytes) + refresh_collectives,
+        gradient_collectives=steps * num_buckets(step.gradient_bytes, mib) + refresh_collectives,
         replica_bytes=exchanges * step.replica_bytes,
         replica_exchanges=exchanges,
         refresh_bytes=refresh_bytes,

@@ -126,7 +126,10 @@ class Planner:
         """What a rank exchanges in an epoch."""
         gpus = (machine or self.machine).gpus
         steps = num_steps(self.data.num_train, per_gpu * gpus * self.config.train.gradient_accumulation)
-        return epoch_traffic(self.steps[boundary], steps, gpus, self.config.replicas, self.config.localized)
+        config = self.config
+        return epoch_traffic(
+            self.steps[boundary], steps, gpus, config.replicas, config.localized, config.distributed.bucket_mib
+        )
 
     def seconds(self, boundary: int, per_gpu: int, machine: Machine | None = None) -> float:
         """Training time of an epoch."""

@@ -188,6 +188,29 @@ def test_bytes_per_step_are_those_of_the_sgd_region(two_ranks: Any, compression:
         assert counted[-1][1] == 0
 
 
+def buckets_of(num_layers: list[int], size: int | None) -> list[int]:
+    """All-reduces of a settled step, for each number of layers in the SGD region, half a MiB each."""
+    model = nn.Sequential(*[nn.Linear(362, 362) for _ in range(max(num_layers))])
+    traffic = Traffic()
+    region = RegionDDP(model, dist.group.WORLD, traffic, bucket_mib=size)
+    counted = []
+    for count in num_layers:
+        for layer in model[: len(model) - count]:
+            layer.requires_grad_(False)
+        region.refresh()
+        for _ in range(2):
+            traffic.take()
+            region(torch.ones(1, 362)).sum().backward()
+        counted.append(traffic.take().gradient_collectives)
+    return counted
+
+
+@pytest.mark.parametrize(("size", "expected"), [(None, [10, 8, 4, 1]), (4, [5, 2, 1, 1]), (25, [1, 1, 1, 1])])
+def test_buckets_follow_the_regions_size(two_ranks: Any, size: int | None, expected: list[int]) -> None:
+    """20 MiB in buckets of 2, 8 MiB and 4 MiB of 1: an eighth at most, as long as it is no less than 1 MiB."""
+    assert two_ranks.run(buckets_of, [40, 16, 8, 1], size) == [expected] * 2
+
+
 # --- what wrapping does to weights --------------------------------------------------------------------------------
 
 

@@ -91,9 +91,21 @@ def test_ranks_share_localized_updates_when_sharded() -> None:
 # --- traffic -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("megabytes", "buckets"), [(0, 0), (0.5, 1), (1, 1), (1.1, 2), (26, 2), (26.1, 3), (97.5, 5)])
-def test_buckets_of_ddp(megabytes: float, buckets: int) -> None:
-    assert num_buckets(int(megabytes * MIB)) == buckets
+@pytest.mark.parametrize(
+    ("megabytes", "size", "buckets"),
+    [
+        (0, None, 0),
+        (0.5, None, 1),
+        (4, None, 4),
+        (16, None, 8),
+        (96, None, 8),
+        (400, None, 16),
+        (97.5, 25, 4),
+        (3, 8, 1),
+    ],
+)
+def test_buckets_of_the_regions_gradients(megabytes: float, size: int | None, buckets: int) -> None:
+    assert num_buckets(int(megabytes * MIB), size) == buckets
 
 
 @pytest.mark.parametrize(
