@@ -11,7 +11,6 @@ backward 2 (1 in the first layer that has one: its input's gradient is never nee
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from measuring import alternate, environment, ratio, spread, write_json
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from stopwatch import Stopwatch
 
 from locsgd_dist.data import Batch
 from locsgd_dist.distributed import Refresh, RegionDDP, Replicas, Traffic
@@ -188,59 +187,20 @@ def measure(
     return records
 
 
-class _Stopwatch:
-    """Adds up the time inside chosen calls of a step, the device waited for at both ends of each."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    def around(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._wait()
-            start = time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self._wait()
-                self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
-
-        return timed
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
 def parts(contender: Contender, device: torch.device, rounds: int) -> dict[str, float]:
-    """Milliseconds of forward, localized update, backward and optimizer in a step, medians over rounds.
-
-    Waiting for the device at each part's ends forbids overlap: the sum may exceed the step's own time.
-    """
-    learner, step = contender.learner, contender.step
+    """Milliseconds of forward, localized update, backward, optimizer and the rest of a step, medians over rounds."""
     found: dict[str, list[float]] = {}
-    watch = _Stopwatch(device)
-    originals = (learner._gather, learner.apply, step._region.module.forward, step.optimizer.step, Tensor.backward)
-    learner._gather = watch.around("update", learner._gather)  # type: ignore[method-assign]
-    learner.apply = watch.around("update", learner.apply)  # type: ignore[method-assign]
-    step._region.module.forward = watch.around("forward", step._region.module.forward)
-    step.optimizer.step = watch.around("optimizer", step.optimizer.step)  # type: ignore[method-assign]
-    Tensor.backward = watch.around("backward", Tensor.backward)  # type: ignore[method-assign]
+    watch = Stopwatch(device)
+    watch.watch_step(contender.step, contender.learner)
+    step = watch.around("rest", contender)
     try:
         for _ in range(rounds):
             watch.seconds = {}
-            total = watch.around("step", contender)
-            total()
-            taken = {part: 1e3 * seconds for part, seconds in watch.seconds.items()}
-            # The updates are computed in hooks of the forward pass.
-            gathered = taken.get("update", 0.0)
-            taken["forward"] = max(0.0, taken["forward"] - gathered)
-            for part, milliseconds in taken.items():
-                found.setdefault(part, []).append(milliseconds)
+            step()
+            for part, seconds in watch.seconds.items():
+                found.setdefault(part, []).append(1e3 * seconds)
     finally:
-        del learner.__dict__["_gather"], learner.__dict__["apply"], step._region.module.__dict__["forward"]
-        step.optimizer.step = originals[3]  # type: ignore[method-assign]
-        Tensor.backward = originals[4]  # type: ignore[method-assign]
+        watch.release()
     return {part: spread(values)["median"] for part, values in found.items()}
 
 
@@ -275,10 +235,10 @@ def main() -> None:
         result["steps"] += records
         show(label, records)
         if not options.no_parts:
-            for name in ("sgd", "hebbian", "hebbian 1/8", "frozen"):
+            for name in names:
                 contender = Contender(network, 0.0 if name == "sgd" else 0.75, MODES[name], train, device)
                 contender()
-                split = parts(contender, device, max(3, options.rounds // 2))
+                split = parts(contender, device, options.rounds)
                 result["parts"].append({"network": label, "share_of_layers": 0.75, "mode": name, "milliseconds": split})
         write_json(options.output, result)
 
