@@ -82,7 +82,10 @@ def copies(batch: int, side: int, steps: int, device: torch.device) -> Callable[
 
 def decodes(folder: Path, count: int) -> Callable[[], Any]:
     """The least that any path over files does in one process: read and decode them."""
-    files = sorted((folder / "train").rglob("*.jpg"))[:count]
+    images = (path for path in sorted((folder / "train").rglob("*")) if path.suffix.lower() in {".jpg", ".jpeg"})
+    files = list(islice(images, count))
+    if len(files) < count:
+        raise SystemExit(f"{folder}/train holds {len(files)} JPEGs, of which {count} are needed")
 
     def run() -> None:
         for file in files:

@@ -6,28 +6,19 @@ A table that shows a result stands behind a mark, `<!-- from: benchmarks/results
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
+from documented_results import MIB, ROOT, Cells, mib, result
+from speed_tables import SPEED_TABLES, at_three_quarters, ranged
 from study_rows import STUDIES
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MIB = 2**20
 _MARKED = re.compile(r"<!-- from: benchmarks/results/([\w.-]+\.json) -->\n+((?:\|.*\n)+)")
-
-Cells = dict[str, list[str]]
-"""Expected cells by those in the first column, which is left out."""
-
-
-def result(name: str) -> Any:
-    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
 
 
 def rows_of(table: str) -> list[list[str]]:
@@ -42,10 +33,6 @@ def spread(summary: dict[str, Any], digits: int, *, scale: float = 1.0, offset: 
     """Mean ± standard deviation over seeds of ``offset + scale * value``; of one seed, its value."""
     mean = f"{offset + scale * summary['mean']:.{digits}f}"
     return mean if summary["n"] == 1 else f"{mean} ± {abs(scale) * summary['sd']:.{digits}f}"
-
-
-def mib(number: float) -> str:
-    return f"{number / MIB:.1f} MiB" if number else "0"
 
 
 VARIANTS = {
@@ -129,87 +116,9 @@ def checkpoint_cost() -> Cells:
     return {label: [f"{seconds[name]['median']:.2f}"] for label, name in labels.items()}
 
 
-NETWORKS = {
-    "ResNet-18": "resnet18",
-    "VGG-13": "vgg13",
-    "ResNet-34": "resnet34",
-    "ResNet-50": "resnet50",
-    "MobileNetV2": "mobilenet_v2",
-}
-
-
-def at_three_quarters(name: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Records of a benchmark of steps by network and mode, at 75 % of the layers; plain SGD's are at none."""
-    found: dict[str, dict[str, dict[str, Any]]] = {label: {} for label in NETWORKS}
-    labels = {network: label for label, network in NETWORKS.items()}
-    for record in result(name)["steps"]:
-        if record.get("share_of_layers", 0.75) == 0.75:
-            found[labels[record["network"]]][record["mode"]] = record
-    return found
-
-
-def ranged(summary: dict[str, float], digits: int = 2) -> str:
-    middle, least, most = (f"{summary[key]:.{digits}f}" for key in ("median", "min", "max"))
-    return f"{middle} ({least}–{most})"
-
-
-def step_time(name: str) -> Cells:
-    def faster(record: dict[str, Any]) -> str:
-        return f"{ranged(record['cpu_speed_up_over_sgd'])}, limit {record['limit']:.2f}"
-
-    return {
-        label: [
-            f"{modes['sgd']['cpu_milliseconds']:.0f} ms",
-            *(faster(modes[mode]) for mode in ("hebbian", "hebbian 1/8", "frozen", "refresh/4")),
-            faster(modes["refresh of 1/4 each step"]),
-            ranged(modes["hebbian 1/8"]["cpu_time_over_frozen"]),
-        ]
-        for label, modes in at_three_quarters(name).items()
-        if modes
-    }
-
-
-def memory() -> Cells:
-    modes_shown = ("frozen", "hebbian 1/8", "refresh of 1/4 each step", "refresh step, recomputed", "refresh step")
-    return {
-        label: [
-            f"{modes['sgd']['peak_bytes'] / MIB:.0f} MiB",
-            *(f"{modes[mode]['peak_over_sgd']:.2f}" for mode in modes_shown),
-            f"{modes['frozen']['share_of_activations_freed']:.2f}",
-            f"{modes['frozen']['share_of_layer_inputs_freed']:.2f}",
-        ]
-        for label, modes in at_three_quarters("memory.json").items()
-    }
-
-
-def overhead() -> Cells:
-    labels = {
-        "`locsgd_dist`": "locsgd_dist",
-        "bare loop": "bare loop",
-        "torchvision's reference, rewritten": "torchvision reference",
-        "timm's parts": "timm",
-    }
-    sides = {side["side"]: side for side in result("overhead.json")["sides"]}
-    assert set(sides) == set(labels.values())
-    return {
-        label: [
-            f"{sides[name]['images_per_second']['median']:.0f}",
-            ranged(sides[name]["time_over_bare_loop"], 3),
-            ranged(sides[name]["cpu_time_over_bare_loop"], 3),
-            f"{sides[name]['peak_rss_mib']:.0f} MiB",
-        ]
-        for label, name in labels.items()
-    }
-
-
 EXPECTED: dict[str, Callable[[], Cells]] = {
     **{name: partial(study, name) for name in STUDIES},
-    **{
-        name: partial(step_time, name)
-        for name in ("step_time.json", "step_time_batch32.json", "step_time_batch64.json")
-    },
-    "memory.json": memory,
-    "overhead.json": overhead,
+    **SPEED_TABLES,
     "table2_small.json": table2_small,
     "cifar10_doubling.json": doubling,
     "checkpoint_cost.json": checkpoint_cost,
@@ -290,6 +199,12 @@ def soak() -> list[str]:
     ]
 
 
+def alone(network: str) -> dict[str, Any]:
+    """A step with updates from an eighth of the batch, measured with nothing beside it."""
+    size = 64 if network in ("ResNet-18", "VGG-13") else 32
+    return at_three_quarters(f"step_time_alone_batch{size}.json")[network]["hebbian 1/8"]
+
+
 def screen(rule: str) -> list[str]:
     last = result(f"screen_{rule}.json")["epochs"][-1]
     return [str(last["boundary"]), str(last["num_layers"]), f"{100 * last['val_top1']:.1f}"]
@@ -368,6 +283,32 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
         "../README.md",
         r"\(`localized/paper_literal`\) \| ([\d.]+) % \| ([\d.]+) %:",
         lambda: top1_and_saving("bench_paper_5000.json", "images-5000-sgd", "images-5000-literal")[:2],
+    ),
+    (
+        "performance.md",
+        r"gave ([\d.]+) for ResNet-18, ([\d.]+) for ResNet-34, ([\d.]+) for ResNet-50, ([\d.]+) for MobileNetV2 and "
+        r"([\d.]+) for VGG-13, and ([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) times",
+        lambda: [
+            f"{alone(network)[figure]['median']:.2f}"
+            for figure in ("cpu_time_over_frozen", "cpu_speed_up_over_sgd")
+            for network in ("ResNet-18", "ResNet-34", "ResNet-50", "MobileNetV2", "VGG-13")
+        ],
+    ),
+    (
+        "performance.md",
+        r"buckets of 25 MiB make the plain step ([\d.]+) times as long.* With four ranks: ([\d.]+) times",
+        lambda: [
+            f"{result(name)['steps'][0]['step_in_other_buckets_over_step']['median']:.2f}"
+            for name in ("traffic.json", "traffic_ranks4.json")
+        ],
+    ),
+    (
+        "performance.md",
+        r"in each step: (\d+) % hidden.* \((\d+) % with four ranks, (\d+) % beside gradients",
+        lambda: [
+            f"{100 * result(name)['steps'][-1]['replicas_hidden']:.0f}"
+            for name in ("traffic.json", "traffic_ranks4.json", "traffic_bf16.json")
+        ],
     ),
     (
         "performance.md",
