@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ import torch.distributed as dist
 from measuring import environment, ratio, spread, write_json
 from rich.console import Console
 from rich.table import Table
+from shaped_link import run_ranks
 
 from locsgd_dist.data import Batch
 from locsgd_dist.distributed import RegionDDP, ReplicaConfig, Replicas, Traffic, make_replicas
@@ -200,71 +198,11 @@ def rank_main(options: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-class Namespaces:
-    """One network namespace per rank on a bridge of their own, each behind a link of ``mbps`` in both directions."""
-
-    def __init__(self, ranks: int, mbps: float):
-        self.names = [f"locsgd-bench{rank}" for rank in range(ranks)]
-        self.hub = "locsgd-bench-hub"
-        self._mbps = mbps
-
-    def __enter__(self) -> Namespaces:
-        self.__exit__()
-        _ip("netns", "add", self.hub)
-        _inside(self.hub, "ip", "link", "add", "bridge0", "type", "bridge")
-        _inside(self.hub, "ip", "link", "set", "bridge0", "up")
-        for rank, name in enumerate(self.names):
-            _ip("netns", "add", name)
-            _ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", f"port{rank}", "netns", self.hub)
-            _inside(name, "ip", "link", "set", "lo", "up")
-            _inside(name, "ip", "addr", "add", f"10.77.0.{rank + 1}/24", "dev", "eth0")
-            _inside(name, "ip", "link", "set", "eth0", "up")
-            _inside(self.hub, "ip", "link", "set", f"port{rank}", "master", "bridge0", "up")
-            for namespace, device in ((name, "eth0"), (self.hub, f"port{rank}")):
-                # A bucket of 4 ms at that rate keeps bursts from passing unshaped.
-                burst = max(16_000, int(self._mbps * 1e6 / 8 * 0.004))
-                shape = ("tbf", "rate", f"{self._mbps}mbit", "burst", str(burst), "latency", "400ms")
-                _inside(namespace, "tc", "qdisc", "add", "dev", device, "root", *shape)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in [*self.names, self.hub]:
-            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL, check=False)
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
-def _inside(namespace: str, *command: str) -> None:
-    subprocess.run(["ip", "netns", "exec", namespace, *command], check=True)
-
-
 def launch(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Starts the ranks as processes of this file and returns what rank 0 wrote."""
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
-        namespaces = None
-        if options.link_mbps:
-            namespaces = stack.enter_context(Namespaces(options.ranks, options.link_mbps))
-        processes = []
-        for rank in range(options.ranks):
-            prefix = ["ip", "netns", "exec", namespaces.names[rank]] if namespaces else []
-            environ = {
-                **os.environ,
-                "MASTER_ADDR": "10.77.0.1" if namespaces else "127.0.0.1",
-                "MASTER_PORT": "29577",
-                "RANK": str(rank),
-                "WORLD_SIZE": str(options.ranks),
-                "OMP_NUM_THREADS": "1",
-            }
-            if namespaces:
-                environ["GLOO_SOCKET_IFNAME"] = "eth0"
-            command = [*prefix, sys.executable, *sys.argv, "--result", str(result)]
-            processes.append(subprocess.Popen(command, env=environ))
-        codes = [process.wait() for process in processes]
-        if any(codes):
-            raise SystemExit(f"ranks ended with {codes}")
+        run_ranks([*sys.argv, "--result", str(result)], options.ranks, options.link_mbps)
         return json.loads(result.read_text())
 
 
