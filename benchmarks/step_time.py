@@ -238,7 +238,7 @@ def main() -> None:
             for name in names:
                 contender = Contender(network, 0.0 if name == "sgd" else 0.75, MODES[name], train, device)
                 contender()
-                split = parts(contender, device, options.rounds)
+                split = parts(contender, device, max(3, options.rounds // 3))
                 result["parts"].append({"network": label, "share_of_layers": 0.75, "mode": name, "milliseconds": split})
         write_json(options.output, result)
 

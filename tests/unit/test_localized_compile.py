@@ -167,3 +167,36 @@ def test_steps_that_rest_and_steps_that_are_looked_at_have_a_graph_each() -> Non
         weights.append(model)
     assert_equal_weights(*weights)
     assert counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_that_is_looked_at_has_eager_modes_gradients_and_updates(recompute: bool) -> None:
+    """Through the whole network, the region recomputed in the backward pass or not; other steps update in between."""
+    seen: list[dict[str, Tensor]] = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        learner = LocalizedLearner(model, torch.zeros(1, 3, 8, 8), lr=0.1)
+        learner.advance(4)
+        if compiles:
+            model.compile(backend="eager")
+        found: dict[str, Tensor] = {}
+        for step in range(8):
+            x = torch.randn(4, 3, 8, 8)
+            if step % 4 == 3:
+                with learner.observing() as observed, learner.refreshing(recompute=recompute, gathers=True):
+                    model(x).square().mean().backward()
+                found |= {f"update {step} {index}": delta for index, delta in observed.items()}
+                found |= {f"gradient {step} {key}": p.grad for key, p in model.named_parameters() if p.grad is not None}
+                model.zero_grad(set_to_none=True)
+            else:
+                model(x).square().mean().backward()
+                learner.apply()
+                learner.finish_step()
+                model.zero_grad(set_to_none=True)
+        seen.append(found | dict(model.state_dict()))
+    eager, compiled = seen
+    assert sum(key.startswith("update") for key in eager) == 2 * 4
+    assert eager.keys() == compiled.keys()
+    for key, value in eager.items():
+        torch.testing.assert_close(compiled[key], value, rtol=1e-4, atol=1e-5, msg=key)
