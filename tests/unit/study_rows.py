@@ -10,6 +10,7 @@ STUDIES: dict[str, dict[str, str]] = {
         "SGD, 16 epochs": "sgd-16",
         "SGD, 14 epochs": "sgd-14",
         "every 4th step true, × 2": "refresh4-gain2",
+        "every 4th step true, × 2, momentum carried on": "refresh4-gain2-carry",
         "every 4th step true, × 4": "refresh4-gain4",
         "a quarter of each batch true, × ½ (preset `recommended`)": "quarter-gain0.5",
         "T = 75 % at once after 50 % of the run, every 4th step true": "late-refresh4",
@@ -20,6 +21,8 @@ STUDIES: dict[str, dict[str, str]] = {
         "SGD, 16 epochs, learning rate .1": "sgd-16-lr0.1",
         "every 4th step true, learning rate .1": "refresh4-lr0.1",
         "every 4th step true, × 2, learning rate .1": "refresh4-gain2-lr0.1",
+        "every 4th step true, × 2, momentum carried on, learning rate .1": "refresh4-gain2-carry-lr0.1",
+        "a quarter of each batch true, learning rate .1": "quarter-lr0.1",
     },
     "bench_f_few.json": {
         "SGD, 20 epochs": "few-sgd",

@@ -7,6 +7,7 @@ A table that shows a result stands behind a mark, `<!-- from: benchmarks/results
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -104,6 +105,33 @@ def doubling() -> Cells:
     }
 
 
+def slow_link() -> Cells:
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in result("link_accuracy.json")["runs"]:
+        runs.setdefault(run["variant"], []).append(run)
+
+    def over_seeds(values: list[float], digits: int) -> str:
+        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+    return {
+        variant: [
+            over_seeds([100 * run["top1"] for run in of_seeds], 1),
+            f"{statistics.mean(run['training_seconds'] for run in of_seeds):.0f} s",
+            over_seeds(
+                [
+                    plain["training_seconds"] / run["training_seconds"]
+                    for plain, run in zip(runs["sgd"], of_seeds, strict=True)
+                ],
+                2,
+            ),
+            f"{of_seeds[0]['exchanged_bytes'] / MIB:.0f} MiB",
+            str(of_seeds[0]["exchanges"]),
+            mib(of_seeds[0]["footprint_bytes"]),
+        ]
+        for variant, of_seeds in runs.items()
+    }
+
+
 def checkpoint_cost() -> Cells:
     labels = {
         "training stopped, written in the background (as it is done)": "stopped",
@@ -122,6 +150,7 @@ EXPECTED: dict[str, Callable[[], Cells]] = {
     "table2_small.json": table2_small,
     "cifar10_doubling.json": doubling,
     "checkpoint_cost.json": checkpoint_cost,
+    "link_accuracy.json": slow_link,
 }
 #: Tables that show some of the rows.
 IN_PART = {"cifar10_doubling.json"}
