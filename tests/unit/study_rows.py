@@ -57,6 +57,17 @@ STUDIES: dict[str, dict[str, str]] = {
         "the paper's rule reversed, T = 33 % from the start": "few-anti-hebbian-33",
         "stochastic depth, survival .5": "few-stochastic-depth",
     },
+    "bench_footprint.json": {
+        "SGD, batch 64": "few-sgd",
+        "SGD, batch 32": "sgd-batch32",
+        "SGD, batch 32, learning rate .025": "sgd-batch32-lr0.025",
+        "preset `finetune`, batch 64": "few-frozen-33",
+        "preset `finetune`, batch 32, learning rate .025": "finetune-batch32-lr0.025",
+    },
+    "bench_footprint_narrow.json": {
+        "SGD, width 8, batch 64": "narrow",
+        "preset `finetune`, width 8, batch 64": "narrow-finetune",
+    },
     "bench_f_many.json": {
         "SGD, 6 epochs": "many-sgd",
         "SGD, 4 epochs": "many-sgd-4",
