@@ -19,8 +19,9 @@ def test_every_run_of_a_study_parses(path: Path, tmp_path: Path) -> None:
     assert plan.sweep.name == path.stem.replace("_", "-")
     assert plan.selected == plan.runs != ()
     configurations = [variant.config for variant in plan.variants]
-    # What is compared differs in how it trains, not in the network or the images.
-    assert len({(repr(c.model), c.data.name, c.batch.per_gpu) for c in configurations}) == 1
+    # What is compared differs in how it trains, not in the network or the images; bench_footprint asks what else fits.
+    if path.stem != "bench_footprint":
+        assert len({(repr(c.model), c.data.name, c.batch.per_gpu) for c in configurations}) == 1
     assert any(variant.config.localized.rule == "none" for variant in plan.variants)
 
 
