@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from locsgd_dist.distributed import ReplicaConfig, bucket_mib
@@ -55,13 +56,23 @@ def num_steps(num_train: int, images_per_step: int) -> int:
     return -(-num_train // images_per_step)
 
 
-def num_buckets(gradient_bytes: int, mib: int | None = None) -> int:
-    """All-reduces per step for the SGD region's gradients, to within the grain of its tensors.
+def num_buckets(parameter_bytes: Sequence[int], mib: int | None = None) -> int:
+    """All-reduces per step for gradients of these sizes: from the last backwards, each bucket until it is full.
+
+    So DDP cuts them from the second step after a shift on; in the first, and under train.deterministic, it begins at
+    the other end, which may make one bucket more or less.
 
     Args:
+        parameter_bytes: of each parameter, in the order of their definition, uncompressed.
         mib: ``distributed.bucket_mib``.
     """
-    return math.ceil(gradient_bytes / ((mib or bucket_mib(gradient_bytes)) << 20))
+    cap = (mib or bucket_mib(sum(parameter_bytes))) << 20
+    buckets, filled = 0, cap
+    for size in reversed(parameter_bytes):
+        if filled >= cap:
+            buckets, filled = buckets + 1, 0
+        filled += size
+    return buckets
 
 
 def epoch_traffic(
@@ -92,7 +103,7 @@ def epoch_traffic(
     return EpochTraffic(
         steps,
         gradient_bytes=steps * step.gradient_bytes + refresh_bytes,
-        gradient_collectives=steps * num_buckets(step.gradient_bytes, mib) + refresh_collectives,
+        gradient_collectives=steps * num_buckets(step.parameter_bytes, mib) + refresh_collectives,
         replica_bytes=exchanges * step.replica_bytes,
         replica_exchanges=exchanges,
         refresh_bytes=refresh_bytes,

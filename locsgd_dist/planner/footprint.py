@@ -55,6 +55,8 @@ class BoundaryStep:
         boundary: T.
         memory: of one rank, for any batch, in the dearest step.
         gradient_bytes: gradients of the SGD region, as they are sent (half under bf16 compression).
+        parameter_bytes: of each parameter of the SGD region, in the order of their definition: DDP cuts buckets by
+            these, compressed or not.
         forward_macs, backward_macs: multiply-adds per image, see :class:`StepMacs`.
         updated: layers that learn locally.
         update_macs: multiply-adds per image of each one's updates, in the mean over steps at the configured batch.
@@ -66,6 +68,7 @@ class BoundaryStep:
     boundary: int
     memory: DearestStep
     gradient_bytes: int
+    parameter_bytes: tuple[int, ...]
     forward_macs: int
     backward_macs: int
     updated: tuple[Layer, ...]
@@ -171,6 +174,7 @@ class StepEstimator:
             boundary,
             DearestStep(kinds),
             gradient_bytes=sum(p.numel() * (2 if compressed else p.element_size()) for p in trainable),
+            parameter_bytes=tuple(p.numel() * p.element_size() for p in trainable),
             forward_macs=sum(layer.macs for layer in self.layers),
             backward_macs=backward_macs[False],
             updated=updated,

@@ -23,14 +23,17 @@ CPU = torch.device("cpu")
 PER_GPU, STEPS = 8, 5
 
 
-def train(config: Config, boundary: int) -> tuple[int, int, int]:
-    """(largest footprint, gradient bytes and replica bytes of all steps) on this rank; momentum begins in the first
-    two steps, which the footprint leaves out."""
+def train(config: Config, boundary: int) -> tuple[int, int, int, int]:
+    """(largest footprint, gradient bytes, replica bytes, gradient collectives) of all steps on this rank.
+
+    Momentum begins in the first two steps, which the footprint leaves out; DDP cuts its buckets anew after the first,
+    whose collectives are left out.
+    """
     torch.manual_seed(0)
     model = build_model(config.model, 10).train()
     learner = LocalizedLearner(model, torch.zeros(1, 3, 32, 32), rule=config.localized.rule)
     traffic, group = Traffic(), dist.group.WORLD
-    region = RegionDDP(model, group, traffic)
+    region = RegionDDP(model, group, traffic, bucket_mib=config.distributed.bucket_mib)
     replicas = make_replicas(config.replicas, learner, group, traffic)
     refresh = Refresh(learner, group, traffic, config.localized)
     optimizer = RegionOptimizer(model, config.optim, keeps_released=refresh.enabled)
@@ -42,13 +45,17 @@ def train(config: Config, boundary: int) -> tuple[int, int, int]:
     batches = [batch] * config.train.gradient_accumulation
     tally = Tally(CPU)
     footprints: list[int] = []
-    for _ in range(STEPS):
+    collectives_of_first = 0
+    for index in range(STEPS):
         with FootprintMonitor(MonitorConfig(trace_hz=0), CPU) as monitor:
             with monitor.measured_step(model, optimizer.optimizer):
                 step(batches, tally)
             footprints.append(monitor.footprint().bytes)
+        if index == 0:
+            collectives_of_first = traffic.gradient_collectives
     replicas.synchronise()
-    return max(footprints[2:]), traffic.gradient_bytes, traffic.replica_bytes
+    later_collectives = traffic.gradient_collectives - collectives_of_first
+    return max(footprints[2:]), traffic.gradient_bytes, traffic.replica_bytes, later_collectives
 
 
 @pytest.mark.parametrize("boundary", [0, 9, 15])
@@ -61,13 +68,19 @@ def train(config: Config, boundary: int) -> tuple[int, int, int]:
         ("--train.gradient_accumulation=2",),
         ("--localized.refresh_every=2",),
         ("--localized.refresh_every=2", "--localized.refresh_recompute=false", "--localized.rule=frozen"),
+        ("--model.width=48",),
+        ("--model.width=48", "--distributed.bucket_mib=8"),
     ],
 )
 def test_a_rank_under_ddp(two_ranks: Any, arguments: tuple[str, ...], boundary: int) -> None:
     config = parse_config(["--model.width=16", f"--batch.per_gpu={PER_GPU}", f"--replicas.every={STEPS}", *arguments])
     ranks = two_ranks.run(train, config, boundary)
     step = StepEstimator(config, DataShape(10, 32), world_size=2, rounding=1).move_to(boundary)
-    assert step.memory.at(PER_GPU).total == max(footprint for footprint, _, _ in ranks)
-    traffic = epoch_traffic(step, STEPS, 2, config.replicas, config.localized)
-    for _, gradients, replicas in ranks:
+    assert step.memory.at(PER_GPU).total == max(footprint for footprint, *_ in ranks)
+    traffic, later = (
+        epoch_traffic(step, steps, 2, config.replicas, config.localized, config.distributed.bucket_mib)
+        for steps in (STEPS, STEPS - 1)
+    )
+    for _, gradients, replicas, collectives in ranks:
         assert (traffic.gradient_bytes, traffic.replica_bytes) == (gradients, replicas)
+        assert later.gradient_collectives == collectives

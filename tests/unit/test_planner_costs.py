@@ -92,20 +92,31 @@ def test_ranks_share_localized_updates_when_sharded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("megabytes", "size", "buckets"),
+    ("count", "megabytes", "size", "buckets"),
     [
-        (0, None, 0),
-        (0.5, None, 1),
-        (4, None, 4),
-        (16, None, 8),
-        (96, None, 8),
-        (400, None, 16),
-        (97.5, 25, 4),
-        (3, 8, 1),
+        (0, 1, None, 0),
+        (1, 0.5, None, 1),
+        (8, 0.5, None, 4),  # 4 MiB: buckets of 1
+        (32, 0.5, None, 8),  # 16 MiB: of 2
+        (100, 4, None, 15),  # 400 MiB: of 25, each closed by the 7th tensor of 4
+        (25, 4, 4, 25),
+        (25, 4, 25, 4),
+        (4, 3, None, 4),  # none is smaller than a tensor
     ],
 )
-def test_buckets_of_the_regions_gradients(megabytes: float, size: int | None, buckets: int) -> None:
-    assert num_buckets(int(megabytes * MIB), size) == buckets
+def test_buckets_of_the_regions_gradients(count: int, megabytes: float, size: int | None, buckets: int) -> None:
+    assert num_buckets([int(megabytes * MIB)] * count, size) == buckets
+
+
+def test_buckets_are_cut_by_what_they_hold_before_compression() -> None:
+    plain, compressed = (
+        epoch_traffic(
+            steps("--model.width=64", f"--distributed.gradient_compression={how}")[4], 100, 2, ReplicaConfig()
+        )
+        for how in ("none", "bf16")
+    )
+    assert compressed.gradient_bytes * 2 == plain.gradient_bytes
+    assert compressed.gradient_collectives == plain.gradient_collectives > 9
 
 
 @pytest.mark.parametrize(
