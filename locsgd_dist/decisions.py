@@ -21,14 +21,16 @@ class Decisions:
         selector: places the boundary.
         supervision: gives the sign.
         collapse: compares each epoch with the best that the run has been.
+
+    Raises:
+        ValueError: as :func:`make_selector`.
     """
 
-    def __init__(self, config: Config, layers: LayerMap, *, num_classes: int, recorder: Recorder):
+    def __init__(self, config: Config, layers: LayerMap, *, num_classes: int):
         self.selector = _make_selector(config, layers)
         self.supervision = WeakSupervision()
         self.collapse = CollapseWatch(config.faults, [layer.name for layer in layers], num_classes)
         self._config = config
-        self._recorder = recorder
 
     @property
     def boundary(self) -> int:
@@ -62,14 +64,14 @@ class Decisions:
             self.selector.observe(metrics["epoch"], values)
         metrics["boundary_next"] = self.boundary
 
-    def look_for_collapse(self, metrics: dict[str, Any]) -> None:
+    def look_for_collapse(self, metrics: dict[str, Any], recorder: Recorder) -> None:
         """Records as events what is found for the first time in a complete record."""
         norms, ranks = metrics["layer_norm"], metrics["layer_effective_rank"]
         # Where every step was skipped there is no loss.
         loss = metrics["train_loss"] if metrics["skipped_steps"] < metrics["num_steps"] else None
         where = {"epoch": metrics["epoch"], "samples_seen": metrics["samples_seen"]}
         for collapse in self.collapse.observe(metrics["epoch"], loss=loss, norms=norms, ranks=ranks):
-            self._recorder.event("collapse", **where, **asdict(collapse))
+            recorder.event("collapse", **where, **asdict(collapse))
         self.collapse.hand_over(metrics["boundary_next"], norms, ranks)
 
 

@@ -95,6 +95,8 @@ class Trainer:
         )
         networks = [self.model] if self.ema is None else [self.model, self.ema.module]
         self.baseline = make_baseline(config, networks, self.learner.layers, self.example_input, self.runtime)
+        # Before anything is written: it may refuse the configuration.
+        self.decisions = Decisions(config, self.learner.layers, num_classes=self.data.num_classes)
         self.trace = WeightTrace(self.learner.layers)
         self.traffic = Traffic()
         self.region = RegionDDP(
@@ -150,9 +152,6 @@ class Trainer:
             self.model.compile()
         self.recorder = self._closing(
             Recorder.open(self.directory.path, config.run, rank=self.runtime.rank, config_yaml=config.to_yaml())
-        )
-        self.decisions = Decisions(
-            config, self.learner.layers, num_classes=self.data.num_classes, recorder=self.recorder
         )
         self.batching = BatchController(
             config,
@@ -253,7 +252,7 @@ class Trainer:
         progress.end_epoch()
         self.decisions.observe(metrics)
         self.recorder.epoch(metrics)
-        self.decisions.look_for_collapse(metrics)
+        self.decisions.look_for_collapse(metrics, self.recorder)
         self.transitions.move_boundary(metrics["boundary_next"])
         self.batching.grow(metrics, is_last=is_last)
         self.checkpoints.at_epoch_end(metrics, is_last=is_last or self.decisions.collapse.ends_run)

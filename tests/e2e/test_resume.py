@@ -84,6 +84,8 @@ def test_what_only_the_built_network_can_tell_is_one_line_too(launch: Launch, tm
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line]
     assert "selection.boundary must be at most" in line
+    # Where a run lay, its configuration and records would have been overwritten.
+    assert not [name for name in ("config.yaml", "metrics.jsonl", "events.jsonl") if (tmp_path / "r" / name).exists()]
 
 
 @pytest.mark.parametrize("mode", ["all_reduce", "periodic"])
