@@ -79,7 +79,7 @@ def _load(path: Path) -> Any:
         if not is_whole:
             raise
         # The archive was whole a moment ago: what torch's own reader, which is C++, did not get is the file system's.
-        raise OSError(errno.EIO, str(error)) from error
+        raise OSError(errno.EIO, f"torch could not load what matches its checksum: {error}") from error
 
 
 def _verify(path: Path) -> bool:

@@ -66,6 +66,7 @@ BAD = [
     ("--train.deterministic=maybe", "train.deterministic"),
     ("--train.precision=fp16 --train.device=cpu", "train.precision"),
     ("--distributed.timeout_minutes=0", "distributed.timeout_minutes"),
+    ("--distributed.bucket_mib=0", "distributed.bucket_mib"),
     ("--checkpoint.keep=0", "checkpoint.keep"),
     ("--run.dir=", "run.dir"),
     ("--run.resume=missing.pt", "run.resume: checkpoint missing.pt"),
