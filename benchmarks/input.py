@@ -9,6 +9,7 @@ Sides of a row take turns within one run. Without ``--folder`` a folder of JPEGs
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 from collections.abc import Callable
 from itertools import islice
@@ -81,11 +82,11 @@ def copies(batch: int, side: int, steps: int, device: torch.device) -> Callable[
 
 
 def decodes(folder: Path, count: int) -> Callable[[], Any]:
-    """The least that any path over files does in one process: read and decode them."""
-    images = (path for path in sorted((folder / "train").rglob("*")) if path.suffix.lower() in {".jpg", ".jpeg"})
-    files = list(islice(images, count))
-    if len(files) < count:
-        raise SystemExit(f"{folder}/train holds {len(files)} JPEGs, of which {count} are needed")
+    """The least that any path over files does in one process: read and decode ``count`` of them, drawn at random."""
+    images = [path for path in sorted((folder / "train").rglob("*")) if path.suffix.lower() in {".jpg", ".jpeg"}]
+    if len(images) < count:
+        raise SystemExit(f"{folder}/train holds {len(images)} JPEGs, of which {count} are needed")
+    files = random.Random(0).sample(images, count)
 
     def run() -> None:
         for file in files:

@@ -187,21 +187,25 @@ def measure(
     return records
 
 
-def parts(contender: Contender, device: torch.device, rounds: int) -> dict[str, float]:
-    """Milliseconds of forward, localized update, backward, optimizer and the rest of a step, medians over rounds."""
-    found: dict[str, list[float]] = {}
-    watch = Stopwatch(device)
-    watch.watch_step(contender.step, contender.learner)
-    step = watch.around("rest", contender)
-    try:
-        for _ in range(rounds):
-            watch.seconds = {}
-            step()
+def parts(contenders: dict[str, Contender], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of forward, localized update, backward, optimizer and the rest of a step of each contender.
+
+    The contenders take turns; medians over rounds.
+    """
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in contenders}
+    for contender in contenders.values():
+        contender()
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            watch = Stopwatch(device)
+            watch.watch_step(contender.step, contender.learner)
+            try:
+                watch.around("rest", contender)()
+            finally:
+                watch.release()
             for part, seconds in watch.seconds.items():
-                found.setdefault(part, []).append(1e3 * seconds)
-    finally:
-        watch.release()
-    return {part: spread(values)["median"] for part, values in found.items()}
+                found[name].setdefault(part, []).append(1e3 * seconds)
+    return {name: {part: spread(values)["median"] for part, values in of.items()} for name, of in found.items()}
 
 
 def main() -> None:
@@ -235,10 +239,10 @@ def main() -> None:
         result["steps"] += records
         show(label, records)
         if not options.no_parts:
-            for name in names:
-                contender = Contender(network, 0.0 if name == "sgd" else 0.75, MODES[name], train, device)
-                contender()
-                split = parts(contender, device, max(3, options.rounds // 3))
+            contenders = {
+                name: Contender(network, 0.0 if name == "sgd" else 0.75, MODES[name], train, device) for name in names
+            }
+            for name, split in parts(contenders, device, max(3, options.rounds // 3)).items():
                 result["parts"].append({"network": label, "share_of_layers": 0.75, "mode": name, "milliseconds": split})
         write_json(options.output, result)
 

@@ -45,6 +45,13 @@ WINDOW = 8
 """Steps timed together: a whole window of the modes that exchange every eighth step."""
 
 
+class DefaultBuckets(RegionDDP):
+    """The region in the buckets that DDP takes by itself: one of 1 MiB, then of 25 MiB."""
+
+    def _bucket_cap(self, region_bytes: int) -> None:
+        return None
+
+
 class Side:
     """The network of one rank, taking steps with the exchanges that it is given."""
 
@@ -56,7 +63,7 @@ class Side:
         *,
         reduces: bool,
         compression: str = "none",
-        bucket_mib: int | None = None,
+        region: type[RegionDDP] = RegionDDP,
     ):
         torch.manual_seed(0)
         model = build_model(ModelConfig(name="resnet18", width=options.width), 10).train()
@@ -65,9 +72,7 @@ class Side:
         group = dist.group.WORLD
         self.learner = LocalizedLearner(model, torch.zeros(1, 3, 32, 32), lr=1e-3, batch_fraction=options.fraction)
         self.boundary = int(share * len(self.learner.layers))
-        self.region = RegionDDP(
-            model, group if reduces else None, self.traffic, compression=compression, bucket_mib=bucket_mib
-        )
+        self.region = region(model, group if reduces else None, self.traffic, compression=compression)
         self.replicas = (
             make_replicas(replicas, self.learner, group, self.traffic)
             if replicas is not None
@@ -150,9 +155,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                     "without replicas": no_replicas,
                     "without exchange": nothing,
                 }
-                if options.bucket_mib:
-                    sides["other buckets"] = Side(
-                        options, share, replicas, reduces=True, compression=compression, bucket_mib=options.bucket_mib
+                if options.default_buckets:
+                    sides["default buckets"] = Side(
+                        options, share, replicas, reduces=True, compression=compression, region=DefaultBuckets
                     )
                 if sent.replica_bytes:
                     each = sent.replica_bytes // sent.replica_collectives
@@ -171,8 +176,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                     "replica_bytes_per_step": sent.replica_bytes / WINDOW,
                     "milliseconds": {name: 1e3 * spread(values)["median"] for name, values in seconds.items()},
                 }
-                if options.bucket_mib:
-                    record["step_in_other_buckets_over_step"] = ratio(seconds["other buckets"], seconds["step"])
+                if options.default_buckets:
+                    record["step_in_default_buckets_over_step"] = ratio(seconds["default buckets"], seconds["step"])
                 # Of medians: the differences of single rounds are smaller than their noise.
                 middle = {name: spread(values)["median"] for name, values in seconds.items()}
                 if "replicas alone" in middle:
@@ -215,7 +220,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16, help="images per rank and step")
     parser.add_argument("--fraction", type=float, default=1.0, help="share of the batch for localized updates")
-    parser.add_argument("--bucket-mib", type=int, help="also time the step with buckets of this size (DDP's own: 25)")
+    parser.add_argument("--default-buckets", action="store_true", help="also time the step in DDP's own buckets")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--link-mbps", type=float)
     parser.add_argument("--output", type=Path)
@@ -225,10 +230,7 @@ def main() -> None:
         rank_main(options)
         return
     records = launch(options)
-    settings = {
-        key: getattr(options, key)
-        for key in ("ranks", "width", "batch", "rounds", "link_mbps", "fraction", "bucket_mib")
-    }
+    settings = {key: getattr(options, key) for key in ("ranks", "width", "batch", "rounds", "link_mbps", "fraction")}
     write_json(options.output, environment(torch.device("cpu")) | settings | {"steps": records})
     table = Table(title=f"{options.ranks} ranks, ResNet-18 at width {options.width}, {options.batch} images each")
     for column in (

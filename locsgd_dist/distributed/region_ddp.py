@@ -22,8 +22,9 @@ def bucket_mib(region_bytes: int) -> int:
     """Size of all-reduce buckets that a region with gradients of ``region_bytes`` takes by itself, in MiB.
 
     A bucket travels while the backward pass fills the next ones; the last has nothing left to hide behind. DDP's own
-    25 MiB are more than a small region has in all: it would travel in one piece, behind its backward pass. An eighth
-    leaves an eighth of the exchange at the end; below 1 MiB messages get too small.
+    are one of 1 MiB and then of 25 MiB, more than a small region has in all: what the first leaves would travel in one
+    piece, behind the backward pass. About an eighth leaves as much of the exchange at the end; below 1 MiB messages get
+    too small. Rounded down to whole MiB.
     """
     return min(25, max(1, region_bytes // (8 * _MIB)))
 
@@ -97,6 +98,9 @@ class RegionDDP:
         gc.collect()
         self._wrap(init_sync=False)
 
+    def _bucket_cap(self, region_bytes: int) -> int | None:
+        return self._bucket_mib or bucket_mib(region_bytes)
+
     def _wrap(self, *, init_sync: bool) -> None:
         region_bytes = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)
         if self._group is None or region_bytes == 0:
@@ -111,7 +115,7 @@ class RegionDDP:
             forward_sync_buffers=False,
             init_sync=init_sync,
             gradient_as_bucket_view=True,
-            bucket_cap_mb=self._bucket_mib or bucket_mib(region_bytes),
+            bucket_cap_mb=self._bucket_cap(region_bytes),
             # On, DDP never rebuilds its buckets; on a network that uses all its parameters that is its only effect.
             # Where parameters may be skipped, it tells DDP not to wait for their gradients.
             find_unused_parameters=self._deterministic or self._skipped is not None,

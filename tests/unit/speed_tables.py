@@ -84,6 +84,7 @@ def overhead() -> Cells:
 def step_parts() -> Cells:
     """Forward, update, backward and optimizer in per cent of plain SGD's step."""
     modes = ("sgd", "hebbian", "hebbian 1/8", "frozen", "refresh of 1/4 each step")
+    assert all(time >= 0 for record in result("step_parts.json")["parts"] for time in record["milliseconds"].values())
     found: dict[str, dict[str, dict[str, float]]] = {}
     for record in result("step_parts.json")["parts"]:
         found.setdefault(record["network"], {})[record["mode"]] = record["milliseconds"]
@@ -128,9 +129,10 @@ def exchange() -> Cells:
             mib(record["gradient_bytes_per_step"]),
             f"{milliseconds['gradients alone']:.0f} ms",
             f"{milliseconds['without exchange']:.0f} ms",
+            f"{milliseconds['without replicas']:.0f} ms",
             f"{milliseconds['step']:.0f} ms",
             f"{100 * record['gradients_hidden']:.0f} %",
-            ranged(record["step_in_other_buckets_over_step"]).replace(" (", " × ("),
+            ranged(record["step_in_default_buckets_over_step"]).replace(" (", " × ("),
             mib(record["replica_bytes_per_step"]),
             f"{alone:.0f} ms" if alone else "–",
             hidden,

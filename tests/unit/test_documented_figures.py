@@ -228,6 +228,15 @@ def soak() -> list[str]:
     ]
 
 
+BY_BAR = ("ResNet-18", "ResNet-34", "ResNet-50", "MobileNetV2", "VGG-13")
+
+
+def added(step: dict[str, Any]) -> float:
+    """Milliseconds by which replicas lengthen a step of the exchange's benchmark."""
+    milliseconds: dict[str, float] = step["milliseconds"]
+    return milliseconds["step"] - milliseconds["without replicas"]
+
+
 def alone(network: str) -> dict[str, Any]:
     """A step with updates from an eighth of the batch, measured with nothing beside it."""
     size = 64 if network in ("ResNet-18", "VGG-13") else 32
@@ -315,28 +324,50 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
     ),
     (
         "performance.md",
-        r"gave ([\d.]+) for ResNet-18, ([\d.]+) for ResNet-34, ([\d.]+) for ResNet-50, ([\d.]+) for MobileNetV2 and "
-        r"([\d.]+) for VGG-13, and ([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) times",
+        r"gave ([\d.]+ \S+) for ResNet-18, ([\d.]+ \S+) for ResNet-34, ([\d.]+ \S+) for ResNet-50, ([\d.]+ \S+) for "
+        r"MobileNetV2 and ([\d.]+ \S+) for VGG-13, and ([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) times",
         lambda: [
-            f"{alone(network)[figure]['median']:.2f}"
-            for figure in ("cpu_time_over_frozen", "cpu_speed_up_over_sgd")
-            for network in ("ResNet-18", "ResNet-34", "ResNet-50", "MobileNetV2", "VGG-13")
+            *(ranged(alone(network)["cpu_time_over_frozen"]) for network in BY_BAR),
+            *(f"{alone(network)['cpu_speed_up_over_sgd']['median']:.2f}" for network in BY_BAR),
         ],
     ),
     (
         "performance.md",
-        r"buckets of 25 MiB make the plain step ([\d.]+) times as long.* With four ranks: ([\d.]+) times",
+        r"then 25 MiB, the plain step takes ([\d.]+) times as long.*? With four ranks: ([\d.]+) \(([\d.–]+)\) times",
         lambda: [
-            f"{result(name)['steps'][0]['step_in_other_buckets_over_step']['median']:.2f}"
-            for name in ("traffic.json", "traffic_ranks4.json")
+            f"{result('traffic.json')['steps'][0]['step_in_default_buckets_over_step']['median']:.2f}",
+            *ranged(result("traffic_ranks4.json")["steps"][0]["step_in_default_buckets_over_step"])[:-1].split(" ("),
+        ],
+    ),
+    (
+        "../README.md",
+        r"(\d+) % of the exchange beside the backward pass; DDP's own buckets take ([\d.]+) × the time",
+        lambda: [
+            f"{100 * result('traffic.json')['steps'][0]['gradients_hidden']:.0f}",
+            f"{result('traffic.json')['steps'][0]['step_in_default_buckets_over_step']['median']:.2f}",
         ],
     ),
     (
         "performance.md",
-        r"in each step: (\d+) % hidden.* \((\d+) % with four ranks, (\d+) % beside gradients",
+        r"(\d+) % with four ranks\), an eighth at T = 75 %",
+        lambda: [f"{100 * result('traffic_ranks4.json')['steps'][0]['gradients_hidden']:.0f}"],
+    ),
+    (
+        "performance.md",
+        r"differ by (\d+) ms\. At T = 75 % (\d+) ms of replicas add (\d+) ms \((\d+) % hidden\), with four ranks (\d+) "
+        r"ms add (\d+) \((\d+) %\),\s+beside gradients in bfloat16 (\d+) ms add (\d+) \((\d+) %",
         lambda: [
-            f"{100 * result(name)['steps'][-1]['replicas_hidden']:.0f}"
-            for name in ("traffic.json", "traffic_ranks4.json", "traffic_bf16.json")
+            f"{added(result('traffic.json')['steps'][0]):.0f}",
+            *(
+                figure
+                for name in ("traffic.json", "traffic_ranks4.json", "traffic_bf16.json")
+                for step in result(name)["steps"][-1:]
+                for figure in (
+                    f"{step['milliseconds']['replicas alone']:.0f}",
+                    f"{added(step):.0f}",
+                    f"{100 * step['replicas_hidden']:.0f}",
+                )
+            ),
         ],
     ),
     (
