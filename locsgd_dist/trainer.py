@@ -268,6 +268,7 @@ class Trainer:
             self.monitor.reset_peak()
             self.guard.begin_epoch()
             progress.begin_epoch()
+        self.refresh.interval = self.config.localized.refresh_interval(progress.epoch, self.config.train.epochs)
         self.learner.train()
         for batches in self._steps():
             done = progress.samples_seen / self.data.num_train

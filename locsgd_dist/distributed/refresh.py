@@ -31,6 +31,8 @@ class Refresh:
         config: the ``localized`` section, of which this reads what begins with ``refresh``.
 
     Attributes:
+        interval: steps from one refresh step to the next; set it at any time, on all ranks alike.
+        enabled: whether there are any.
         fraction: share of each batch that backpropagates through the whole network; the step takes it apart.
     """
 
@@ -45,20 +47,17 @@ class Refresh:
         self._group = group
         self._world_size = 1 if group is None else dist.get_world_size(group)
         self._traffic = traffic
-        self._every = config.refresh_every
+        self.enabled = config.refresh_every > 0
+        self.interval = config.refresh_every
         self._recompute = config.refresh_recompute
         self.fraction = config.refresh_fraction
         self._gain = config.refresh_gain
         self._num_steps = 0
 
     @property
-    def enabled(self) -> bool:
-        return self._every > 0
-
-    @property
     def is_due(self) -> bool:
         """Whether the present step is one; there is nothing to refresh before the first shift."""
-        return self.enabled and self._learner.boundary > 0 and (self._num_steps + 1) % self._every == 0
+        return self.enabled and self._learner.boundary > 0 and (self._num_steps + 1) % self.interval == 0
 
     def mode(self) -> AbstractContextManager[None]:
         """Around the forward and backward passes of a refresh step."""

@@ -71,6 +71,9 @@ class LocalizedConfig:
     refresh_every: int = 0
     """Every n-th step backpropagates through the whole network and trains the localized region too; 0 = never, the
     paper; >= 0."""
+    refresh_growth: float = 1.0
+    """Interval between refresh steps in the last epoch over that in the first, refresh_every; in between it follows a
+    geometric progression, in whole steps: 4 makes true gradients rarer as rates fall; > 0."""
     refresh_recompute: bool = True
     """Keep only the inputs of the localized region's blocks in a refresh step and run them anew in its backward pass:
     less memory, more arithmetic."""
@@ -102,6 +105,12 @@ class LocalizedConfig:
             raise ValueError(f"localized.batch_fraction must lie in (0, 1], got {self.batch_fraction}")
         if self.refresh_every < 0:
             raise ValueError(f"localized.refresh_every must be >= 0, got {self.refresh_every}")
+        if not 0 < self.refresh_growth < math.inf:
+            raise ValueError(f"localized.refresh_growth must be > 0, got {self.refresh_growth}")
+        if self.refresh_growth != 1 and not self.refresh_every:
+            raise ValueError(
+                f"localized.refresh_every must be >= 1 for localized.refresh_growth={self.refresh_growth:g}, got 0"
+            )
         if not 0 < self.refresh_fraction <= 1:
             raise ValueError(f"localized.refresh_fraction must lie in (0, 1], got {self.refresh_fraction}")
         if not 0 < self.refresh_gain < math.inf:
@@ -121,6 +130,12 @@ class LocalizedConfig:
         if self.rule == "none" and self.rule_options:
             raise ValueError(f"localized.rule_options must be empty for localized.rule=none, got {self.rule_options}")
         return make_rule("frozen" if self.rule == "none" else self.rule, seed, self.rule_options)
+
+    def refresh_interval(self, epoch: int, epochs: int) -> int:
+        """Steps from one refresh step to the next in ``epoch`` (from 0) of ``epochs``; 0: there are none."""
+        if not self.refresh_every:
+            return 0
+        return max(1, round(self.refresh_every * self.refresh_growth ** (epoch / max(1, epochs - 1))))
 
     def lr_at(self, epoch: int, *, rate: float = 1.0, steps_per_epoch: float = 1.0) -> float:
         """Length of a localized step in ``epoch`` (from 0).

@@ -100,6 +100,12 @@ def check_plannable(config: Config) -> None:
             "not foretold; plan with localized.alignment_every=0, the least that the run needs"
         )
     localized = config.localized
+    if localized.refresh_growth != 1:
+        raise ValueError(
+            f"localized.refresh_growth={localized.refresh_growth:g} cannot be planned: how often a boundary is "
+            "refreshed depends on when it is reached; plan with localized.refresh_growth=1 and localized.refresh_every "
+            "at either end"
+        )
     in_part = localized.refresh_every > 0 and localized.refresh_fraction < 1
     if in_part and config.batch.per_gpu * localized.refresh_fraction < 2:
         raise ValueError(

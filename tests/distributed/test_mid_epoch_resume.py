@@ -41,7 +41,7 @@ FLAGS = [
 ALIGNED = ["--localized.alignment_every=1", "--localized.weak_supervision=alignment"]
 CASES = {
     # ranks, replicas, checkpoint every n steps, cut off after so many
-    "one rank": (1, ["--localized.refresh_every=3"], 7, 23),
+    "one rank": (1, ["--localized.refresh_every=2", "--localized.refresh_growth=3"], 7, 23),
     "inside a window": (
         2,
         ["--replicas.every=4", "--localized.update_every=2", "--localized.alignment_every=3"],

@@ -45,6 +45,11 @@ def test_what_changes_the_network_from_step_to_step_is_not_planned(flag: str) ->
         plan(["--config", "quickstart", flag])
 
 
+def test_intervals_that_follow_the_epoch_are_not_planned() -> None:
+    with pytest.raises(ValueError, match=r"^localized\.refresh_growth=2 cannot be planned: "):
+        plan(["--config", "quickstart", "--localized.refresh_every=2", "--localized.refresh_growth=2"])
+
+
 @pytest.mark.parametrize("per_gpu", [2, 3, 7])
 def test_a_batch_too_small_for_its_parts_is_one_line(per_gpu: int) -> None:
     with pytest.raises(ValueError, match=rf"^batch\.per_gpu must be >= 8 .* got {per_gpu}: "):
