@@ -189,7 +189,7 @@ class Checkpointer:
             newest = self.store.load_newest() if self._runtime.is_main else None
             name = self._runtime.share_text("" if newest is None else str(newest[0]))
             if name:
-                return newest or (Path(name), load_state(Path(name)))
+                return newest or (Path(name), load_state(Path(name), is_elsewhere=True))
         return None if resume in ("auto", "never") else (Path(resume), load_state(Path(resume)))
 
 

@@ -44,15 +44,18 @@ def save_atomically(state: Any, path: Path) -> None:
     _sync_folder(path.parent)
 
 
-def load_state(path: Path) -> dict[str, Any]:
+def load_state(path: Path, *, is_elsewhere: bool = False) -> dict[str, Any]:
     """A checkpoint's state on the CPU; tensors and plain values only. What a file system may not read at once is tried
     again, for some seconds.
+
+    Args:
+        is_elsewhere: another rank has the file before its eyes: where it is missing here, it may be on its way.
 
     Raises:
         ValueError: the file is missing, torn, altered or not a checkpoint.
     """
     try:
-        state = _load_patiently(path)
+        state = _load_patiently(path, _TRANSIENT | ({errno.ENOENT} if is_elsewhere else set()))
     except Exception as error:  # a torn archive surfaces as any of half a dozen types
         raise ValueError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(state, dict) or "model" not in state:
@@ -60,12 +63,12 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _load_patiently(path: Path) -> Any:
+def _load_patiently(path: Path, transient: set[int]) -> Any:
     for pause in _PAUSES:
         try:
             return _load(path)
         except OSError as error:
-            if error.errno not in _TRANSIENT:
+            if error.errno not in transient:
                 raise
             time.sleep(pause)
     return _load(path)

@@ -71,6 +71,10 @@ class CollapseWatch:
         config: the ``faults`` section.
         layer_names: of the network, in execution order.
         num_classes: a uniform guess among them is chance.
+
+    Attributes:
+        ends_run: whether the run is to end here: something was found under ``faults.on_collapse=stop``, and the run has
+            not been let go on with warn since.
     """
 
     def __init__(self, config: FaultConfig, layer_names: Sequence[str], num_classes: int):
@@ -83,11 +87,7 @@ class CollapseWatch:
         #: Kinds that have been found, with the first layer of the shift; -1 for the loss.
         self._found: set[tuple[str, int]] = set()
         self._messages: list[str] = []
-
-    @property
-    def ends_run(self) -> bool:
-        """Whether the run is to end here."""
-        return self._config.on_collapse == "stop" and bool(self._messages)
+        self.ends_run = False
 
     @property
     def verdict(self) -> str:
@@ -120,7 +120,12 @@ class CollapseWatch:
             *self._of_layers("norm", norms, self._norm_is_gone),
         ]
         self._messages += [f"epoch {epoch + 1}: {collapse.message}" for collapse in found]
+        self.ends_run |= self._stops and bool(found)
         return found
+
+    @property
+    def _stops(self) -> bool:
+        return self._config.on_collapse == "stop"
 
     def _of_loss(self, loss: float | None) -> Iterator[Collapse]:
         if loss is None:
@@ -168,6 +173,7 @@ class CollapseWatch:
             "handed_over": [(group.start, dict(group.before)) for group in self._handed_over],
             "found": sorted(self._found),
             "messages": list(self._messages),
+            "ends_run": self.ends_run,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -175,3 +181,4 @@ class CollapseWatch:
         self._handed_over = [_HandOver(start, dict(before)) for start, before in state["handed_over"]]
         self._found = {(kind, start) for kind, start in state["found"]}
         self._messages = list(state["messages"])
+        self.ends_run = self._stops and state.get("ends_run", False)

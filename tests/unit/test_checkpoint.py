@@ -105,6 +105,17 @@ def test_a_file_system_that_is_away_for_a_moment_costs_no_epoch(tmp_path, monkey
     assert pauses == [1, 5]
 
 
+@pytest.mark.parametrize("is_elsewhere", [True, False])
+def test_only_what_another_rank_has_seen_is_awaited(tmp_path, monkeypatch, is_elsewhere: bool):
+    late = tmp_path / "late.pt"
+    monkeypatch.setattr(time, "sleep", lambda _: save_atomically(state(4), late))
+    if is_elsewhere:
+        assert load_state(late, is_elsewhere=True)["epoch"] == 4
+    else:
+        with pytest.raises(ValueError, match=r"late\.pt cannot be read: .*No such file"):
+            load_state(late)
+
+
 def test_checkpoints_inside_epochs_stand_between_those_at_their_edges(tmp_path):
     store = CheckpointStore(tmp_path, keep=9)
     for position in (Position(2), Position(1, 5000), Position(10), Position(1), Position(1, 300), Position(0, 64)):

@@ -147,6 +147,26 @@ def test_only_stop_ends_a_run_and_its_verdict_names_all() -> None:
     assert "; epoch 7: localized weights are gone or have exploded" in one.verdict
 
 
+@pytest.mark.parametrize(
+    ("found_under", "resumed_under", "ends"),
+    [
+        ("stop", ["stop"], True),  # torchrun's restart ends at once
+        ("warn", ["stop"], False),  # what had been let pass is no reason to end now
+        ("stop", ["warn", "stop"], False),
+    ],
+)
+def test_a_resumed_run_ends_for_what_it_was_stopped_by(found_under: str, resumed_under: list[str], ends: bool) -> None:
+    one = watch(on_collapse=found_under)
+    one.hand_over(1, NORMS, RANKS)
+    found(one, ranks=[1.0] * 4)
+    for policy in resumed_under:
+        state, one = one.state_dict(), watch(on_collapse=policy)
+        one.load_state_dict(state)
+    assert one.ends_run is ends
+    found(one, norms=[1e9] * 4)
+    assert one.ends_run  # and for what it finds anew
+
+
 def test_a_restored_watch_goes_on_as_if_nothing_had_happened() -> None:
     def observe(one: CollapseWatch, epochs: range) -> list[Any]:
         told = []
