@@ -29,8 +29,8 @@ from rich.table import Table
 from shaped_link import run_ranks
 
 from locsgd_dist.data import Batch
-from locsgd_dist.distributed import RegionDDP, ReplicaConfig, Replicas, Traffic, make_replicas
-from locsgd_dist.localized import LocalizedLearner
+from locsgd_dist.distributed import Refresh, RegionDDP, ReplicaConfig, Replicas, Traffic, make_replicas
+from locsgd_dist.localized import LocalizedConfig, LocalizedLearner
 from locsgd_dist.models import ModelConfig, build_model
 from locsgd_dist.optimization import OptimConfig, RegionOptimizer
 from locsgd_dist.step import Tally, TrainConfig, TrainStep
@@ -64,13 +64,18 @@ class Side:
         reduces: bool,
         compression: str = "none",
         region: type[RegionDDP] = RegionDDP,
+        refresh: type[Refresh] = Refresh,
+        localized: LocalizedConfig | None = None,
+        rule: str = "hebbian",
     ):
         torch.manual_seed(0)
         model = build_model(ModelConfig(name="resnet18", width=options.width), 10).train()
         model.to(memory_format=torch.channels_last)
         self.traffic = Traffic()
         group = dist.group.WORLD
-        self.learner = LocalizedLearner(model, torch.zeros(1, 3, 32, 32), lr=1e-3, batch_fraction=options.fraction)
+        self.learner = LocalizedLearner(
+            model, torch.zeros(1, 3, 32, 32), rule, lr=1e-3, batch_fraction=options.fraction
+        )
         self.boundary = int(share * len(self.learner.layers))
         self.region = region(model, group if reduces else None, self.traffic, compression=compression)
         self.replicas = (
@@ -78,7 +83,9 @@ class Side:
             if replicas is not None
             else Replicas(self.learner)
         )
-        optimizer = RegionOptimizer(model, OptimConfig(lr=1e-3))
+        # Without a configuration there are no refresh steps.
+        refreshing = refresh(self.learner, group if reduces else None, self.traffic, localized or LocalizedConfig())
+        optimizer = RegionOptimizer(model, OptimConfig(lr=1e-3), keeps_released=refreshing.enabled)
         optimizer.release(self.learner.advance(self.boundary))
         self.region.refresh()
         self.replicas.refresh()
@@ -91,6 +98,7 @@ class Side:
             self.region,
             self.replicas,
             optimizer,
+            refresh=refreshing,
             world_size=dist.get_world_size(),
             device=torch.device("cpu"),
         )
@@ -98,7 +106,7 @@ class Side:
         targets = torch.arange(options.batch) % 10
         self.batch = Batch(images, targets, options.batch * dist.get_world_size(), options.batch)
         self.tally = Tally(torch.device("cpu"))
-        self.sgd_bytes = sum(p.numel() * p.element_size() for p in optimizer.parameters)
+        self.sgd_region_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
     def __call__(self) -> None:
         for _ in range(WINDOW):
@@ -172,7 +180,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                     "replicas": label,
                     "compression": compression,
                     "gradient_bytes_per_step": sent.gradient_bytes / WINDOW,
-                    "sgd_region_bytes": whole.sgd_bytes,
+                    "sgd_region_bytes": whole.sgd_region_bytes,
                     "replica_bytes_per_step": sent.replica_bytes / WINDOW,
                     "milliseconds": {name: 1e3 * spread(values)["median"] for name, values in seconds.items()},
                 }

@@ -151,12 +151,18 @@ class TrainStep:
         for each in passes[:-1]:
             with self._region.no_sync(), self._mode(each, is_measured=is_measured):
                 self._forward_backward(each.batch, samples, of_this_step)
+        # Where the last pass leaves the localized region out, its gradients travel beside that pass.
+        is_reduced_early = not passes[-1].is_whole
+        if (is_refresh or is_measured) and is_reduced_early:
+            self._refresh.start_reducing(_whole_share(passes))
         if is_update:
             self._replicas.arm()
         with self._mode(passes[-1], is_measured=is_measured):
             self._forward_backward(passes[-1].batch, samples, of_this_step)
         if is_refresh or is_measured:
-            self._refresh.reduce(_whole_share(passes))
+            if not is_reduced_early:
+                self._refresh.start_reducing(_whole_share(passes))
+            self._refresh.finish_reducing()
         if is_measured:
             self._alignment.measure()
         bad = self._guard.judge(self._optimizer.parameters)

@@ -53,6 +53,7 @@ class Refresh:
         self.fraction = config.refresh_fraction
         self._gain = config.refresh_gain
         self._num_steps = 0
+        self._in_flight: list[Callable[[], object]] = []
 
     @property
     def is_due(self) -> bool:
@@ -68,10 +69,11 @@ class Refresh:
         self._num_steps += 1
 
     @torch.no_grad()
-    def reduce(self, share: float = 1.0) -> None:
-        """After the backward pass: averages the region's gradients over ranks, in buckets, and applies the gain.
+    def start_reducing(self, share: float = 1.0) -> None:
+        """After the region's last backward pass of the step: starts to average its gradients over ranks, in buckets.
 
-        Every rank calls it in the same step. A parameter without a gradient on some rank counts as zero there.
+        Every rank calls it in the same place of the same step. A parameter without a gradient on some rank counts as
+        zero there.
 
         Args:
             share: of this rank's samples in the step, the share that has backpropagated through the region: its
@@ -80,27 +82,23 @@ class Refresh:
         parameters = self._learner.released
         self._scale(parameters, 1 / share)
         if self._world_size > 1:
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            self._all_reduce([parameter.grad for parameter in parameters if parameter.grad is not None])
-        self._scale(parameters, self._gain)
+            for bucket in _buckets(parameters):
+                # Divided before the sum, as DDP does: the same bits.
+                flat = _gather(bucket).div_(self._world_size)
+                self._in_flight.append(self._start_all_reduce(flat))
+
+    @torch.no_grad()
+    def finish_reducing(self) -> None:
+        """Before the optimizer's step: waits for the averages and applies the gain."""
+        for wait in self._in_flight:
+            wait()
+        self._in_flight = []
+        self._scale(self._learner.released, self._gain)
 
     def _scale(self, parameters: Sequence[nn.Parameter], factor: float) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if factor != 1 and gradients:
             torch._foreach_mul_(gradients, factor)
-
-    def _all_reduce(self, gradients: list[Tensor]) -> None:
-        in_flight: list[tuple[Callable[[], object], Tensor, list[Tensor]]] = []
-        for bucket in _buckets(gradients):
-            # Divided before the sum, as DDP does: the same bits.
-            flat = torch.cat([g.reshape(-1) for g in bucket]).div_(self._world_size)
-            in_flight.append((self._start_all_reduce(flat), flat, bucket))
-        for wait, flat, bucket in in_flight:
-            wait()
-            for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(mean.view_as(gradient))
 
     def _start_all_reduce(self, flat: Tensor) -> Callable[[], object]:
         """Returns what waits for its end."""
@@ -116,15 +114,30 @@ class Refresh:
         self._num_steps = state["num_steps"]
 
 
-def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Tensors in order, cut into lists of one dtype and about ``BUCKET_BYTES`` each."""
-    buckets: list[list[Tensor]] = []
-    for _, same in groupby(tensors, key=lambda tensor: tensor.dtype):
+def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters in order, cut into lists of one dtype and about ``BUCKET_BYTES`` each."""
+    buckets: list[list[nn.Parameter]] = []
+    for _, same in groupby(parameters, key=lambda parameter: parameter.dtype):
         size = BUCKET_BYTES
-        for tensor in same:
+        for parameter in same:
             if size >= BUCKET_BYTES:
                 buckets.append([])
                 size = 0
-            buckets[-1].append(tensor)
-            size += tensor.numel() * tensor.element_size()
+            buckets[-1].append(parameter)
+            size += parameter.numel() * parameter.element_size()
     return buckets
+
+
+def _gather(bucket: Sequence[nn.Parameter]) -> Tensor:
+    """Moves the gradients of one dtype into a flat tensor, of which they are views from here on."""
+    flat = torch.empty(sum(p.numel() for p in bucket), dtype=bucket[0].dtype, device=bucket[0].device)
+    parts = flat.split([p.numel() for p in bucket])
+    for parameter, part in zip(bucket, parts, strict=True):
+        # As the weight lies in memory, which is how autograd lays out gradients too: alike on all ranks.
+        view = part.as_strided(parameter.size(), torch.empty_like(parameter, device="meta").stride())
+        if parameter.grad is None:
+            view.zero_()
+        else:
+            view.copy_(parameter.grad)
+        parameter.grad = view
+    return flat

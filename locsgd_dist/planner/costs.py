@@ -134,8 +134,10 @@ class EpochTime:
         forward: forward passes.
         localized: localized updates, on the busiest rank.
         backward: backward passes, those of refresh steps included.
-        exchange: gradients of the SGD region and replicas, as if nothing ran beside them.
-        refresh_exchange: the localized region's gradients in refresh steps, which are sent after the backward pass.
+        exchange: gradients of the SGD region and replicas, as if nothing ran beside them; those of the localized region
+            too where a part of each batch refreshes it, beside the pass of the rest.
+        refresh_exchange: the localized region's gradients in steps that all of the batch refreshes it, which are sent
+            after the backward pass.
     """
 
     forward: float
@@ -152,14 +154,23 @@ class EpochTime:
 
 
 def epoch_time(
-    step: BoundaryStep, traffic: EpochTraffic, *, num_train: int, machine: Machine, replicas: ReplicaConfig
+    step: BoundaryStep,
+    traffic: EpochTraffic,
+    *,
+    num_train: int,
+    machine: Machine,
+    replicas: ReplicaConfig,
+    refresh_fraction: float = 1.0,
 ) -> EpochTime:
     """Seconds of an epoch: two operations per multiply-add at the GPU's rate, collectives as modelled above."""
     assert machine.flops_per_second is not None
     per_mac = 2 * num_train / machine.gpus / machine.flops_per_second
     macs = step.macs(machine.gpus)
     refresh_exchange = all_reduce_seconds(traffic.refresh_bytes, traffic.refresh_collectives, machine)
-    exchange = all_reduce_seconds(traffic.gradient_bytes, traffic.gradient_collectives, machine) - refresh_exchange
+    exchange = all_reduce_seconds(traffic.gradient_bytes, traffic.gradient_collectives, machine)
+    if refresh_fraction < 1:
+        refresh_exchange = 0.0
+    exchange -= refresh_exchange
     if replicas.mode == "sharded":
         owners = min(machine.gpus, len(step.updated))
         exchange += broadcast_seconds(traffic.replica_bytes, traffic.replica_exchanges * owners, machine)

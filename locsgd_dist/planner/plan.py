@@ -135,8 +135,14 @@ class Planner:
         """Training time of an epoch."""
         machine = machine or self.machine
         traffic = self.traffic(boundary, per_gpu, machine)
-        step, replicas = self.steps[boundary], self.config.replicas
-        return epoch_time(step, traffic, num_train=self.data.num_train, machine=machine, replicas=replicas).total
+        return epoch_time(
+            self.steps[boundary],
+            traffic,
+            num_train=self.data.num_train,
+            machine=machine,
+            replicas=self.config.replicas,
+            refresh_fraction=self.config.localized.refresh_fraction,
+        ).total
 
     def plain_bytes(self) -> int:
         """What plain DDP exchanges in an epoch: all gradients, uncompressed, at the starting batch."""

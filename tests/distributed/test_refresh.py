@@ -214,6 +214,32 @@ def test_a_refresh_step_sends_every_gradient_and_the_others_those_of_the_sgd_reg
         assert sent == [region, region, whole] * 2
 
 
+def order_of_a_step(options: dict[str, Any]) -> list[str]:
+    torch.manual_seed(0)
+    training = Training(PlainNet(), every=1, **options)
+    training.optimizer.release(training.learner.advance(3))
+    training.region.refresh()
+    order: list[str] = []
+    start, finish = training.refresh._start_all_reduce, training.refresh.finish_reducing
+    training.refresh._start_all_reduce = lambda flat: order.append("send") or start(flat)  # type: ignore[method-assign]
+    training.refresh.finish_reducing = lambda: order.append("await") or finish()  # type: ignore[method-assign]
+    training.model.register_forward_pre_hook(lambda *_: order.append("forward"))
+    training.model.register_forward_hook(
+        lambda _, __, logits: logits.register_hook(lambda _: order.append("backward")) and None
+    )
+    images, targets = samples(BATCH, 0)
+    mine = slice(training.rank, None, training.world_size)
+    training.step([Batch(images[mine], targets[mine], BATCH, len(targets[mine]))], Tally(CPU))
+    return order
+
+
+def test_gradients_of_a_part_travel_beside_the_pass_of_the_rest(two_ranks: Any) -> None:
+    one_pass = ["forward", "backward"]
+    in_part = [*one_pass, "send", *one_pass, "await"]
+    assert two_ranks.run(order_of_a_step, {"fraction": 0.5}) == [in_part, in_part]
+    assert two_ranks.run(order_of_a_step, {}) == [[*one_pass, "send", "await"]] * 2
+
+
 def test_the_count_of_steps_is_restored() -> None:
     learner = LocalizedLearner(PlainNet(), torch.zeros(1, 3, 8, 8), rule="frozen")
     learner.advance(1)

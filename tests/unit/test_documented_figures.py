@@ -372,6 +372,18 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
     ),
     (
         "performance.md",
+        r"at T = 75 % ([\d.]+ \([\d.–]+\)) times as long: (\d+) ms instead of (\d+), for (\d+) ms of exchange",
+        lambda: [
+            figure
+            for step in result("refresh_exchange.json")["steps"][-1:]
+            for figure in (
+                ranged(step["behind_over_step"]),
+                *(f"{step['milliseconds'][side]:.0f}" for side in ("behind", "step", "region alone")),
+            )
+        ],
+    ),
+    (
+        "performance.md",
         r"plain step takes ([\d.]+ \([\d.–]+\)) of its\s+time by compiling .*?ΔW on an eighth ([\d.]+ \([\d.–]+\)), "
         r"frozen ([\d.]+ \([\d.–]+\))\s+times",
         lambda: [

@@ -225,6 +225,19 @@ def test_gradients_of_refresh_steps_hide_behind_nothing() -> None:
     assert seconds.total == pytest.approx(shown)
 
 
+@pytest.mark.parametrize("bytes_per_second", [1e12, 1e4])
+def test_gradients_of_refresh_steps_by_a_part_of_the_batch_hide_beside_the_rest(bytes_per_second: float) -> None:
+    flags = ("--localized.rule=frozen", "--localized.refresh_every=1", "--localized.refresh_fraction=0.5")
+    config = parse_config(configuration(*flags))
+    step = steps(*flags)[5]
+    machine = Machine(2, flops_per_second=1e9, bytes_per_second=bytes_per_second, latency_seconds=0.0)
+    traffic = epoch_traffic(step, 10, 2, config.replicas, config.localized)
+    seconds = epoch_time(step, traffic, num_train=1000, machine=machine, replicas=config.replicas, refresh_fraction=0.5)
+    assert seconds.exchange == pytest.approx(10 * 4 * sum(OWNED) / bytes_per_second)
+    beside = seconds.backward if bytes_per_second == 1e12 else seconds.exchange
+    assert seconds.total == pytest.approx(seconds.forward + seconds.localized + beside)
+
+
 # --- schedule ------------------------------------------------------------------------------------------------------
 
 
