@@ -19,3 +19,15 @@ def result(name: str) -> Any:
 
 def mib(number: float) -> str:
     return f"{number / MIB:.1f} MiB" if number else "0"
+
+
+def spread(summary: dict[str, Any], digits: int, *, scale: float = 1.0, offset: float = 0.0) -> str:
+    """Mean ± standard deviation over seeds of ``offset + scale * value``; of one seed, its value."""
+    mean = f"{offset + scale * summary['mean']:.{digits}f}"
+    return mean if summary["n"] == 1 else f"{mean} ± {abs(scale) * summary['sd']:.{digits}f}"
+
+
+def variants(name: str) -> dict[str, dict[str, Any]]:
+    """The variants of a comparison of one benchmark."""
+    (benchmark,) = result(name)["benchmarks"]
+    return {variant["name"]: variant for variant in benchmark["variants"]}
