@@ -221,6 +221,7 @@ class StepEstimator:
         tracker.holding(optimizer_state_tensors(self._optimizer.optimizer), Use.OPTIMIZER_STATE)
         if self._region.buckets is not None:
             tracker.holding([self._region.buckets], Use.GRADIENTS)
+        self._refresh.watch_bucket = lambda flat: tracker.mark(flat, Use.GRADIENTS)
         with self._refresh.mode() if self._refresh.is_due else nullcontext():
             handles = [
                 p.register_post_accumulate_grad_hook(lambda p: tracker.mark(p.grad, Use.GRADIENTS))
@@ -231,6 +232,7 @@ class StepEstimator:
             with QuickShapes(), tracker.quiet():
                 self._take_step(per_gpu)
         finally:
+            self._refresh.watch_bucket = None
             for handle in handles:
                 handle.remove()
         return tracker.log()

@@ -237,9 +237,11 @@ class RefreshOnMeta(Refresh):
 
     Attributes:
         is_due: set it; on meta no steps are counted.
+        watch_bucket: told of each bucket, in which gradients come to lie.
     """
 
     is_due = False
+    watch_bucket: Callable[[Tensor], None] | None = None
 
     def __init__(self, config: LocalizedConfig, learner: LocalizedLearner, region: RegionOnMeta, world_size: int):
         super().__init__(learner, None, region.traffic, config)
@@ -252,4 +254,6 @@ class RefreshOnMeta(Refresh):
             yield
 
     def _start_all_reduce(self, flat: Tensor) -> Callable[[], object]:
+        if self.watch_bucket is not None:
+            self.watch_bucket(flat)
         return lambda: None

@@ -68,7 +68,12 @@ def train(config: Config, boundary: int) -> tuple[int, int, int, int]:
         ("--train.gradient_accumulation=2",),
         ("--localized.refresh_every=2",),
         ("--localized.refresh_every=2", "--localized.refresh_recompute=false", "--localized.rule=frozen"),
-        ("--localized.refresh_every=1", "--localized.refresh_fraction=0.25", "--localized.refresh_recompute=false"),
+        (
+            "--localized.rule=frozen",
+            "--localized.refresh_every=1",
+            "--localized.refresh_fraction=0.25",
+            "--localized.refresh_recompute=false",
+        ),
         ("--model.width=48",),
         ("--model.width=48", "--distributed.bucket_mib=8"),
     ],

@@ -114,6 +114,7 @@ STUDIES: dict[str, dict[str, str]] = {
     "bench_l_small.json": {
         "SGD, 90 epochs": "sgd",
         "SGD, 72 epochs": "sgd-72",
+        "SGD, 60 epochs": "sgd-60",
         "every 4th step true, × 2": "refresh4-gain2",
         "every 4th step true, × 2, T = 75 % from 50 % of the run on": "refresh4-gain2-early",
     },
