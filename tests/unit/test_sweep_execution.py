@@ -176,6 +176,21 @@ def test_a_run_under_way_elsewhere_is_not_started_twice(tmp_path: Path):
         assert other.wait() == -signal.SIGKILL
 
 
+def test_what_another_sweep_has_finished_meanwhile_is_not_started(tmp_path: Path, capsys):
+    p = plan(tmp_path, variants={"sgd": SGD, "local": LOCAL})
+    progress = Progress.of(p)
+    (local,) = (run for run in p.runs if run.variant.name == "local")
+    # As the first run starts, another machine leaves the second one finished.
+    arguments = resolve(p, local).arguments
+    leave(local, arguments, records(4), checkpoint=4)
+    run_here(progress, nproc=1, jobs=1, command=stand_in(tmp_path, seconds=0.1))
+    assert progress.summary() == 0
+    out = capsys.readouterr().out
+    assert "local/seed-0: finished by another process" in out
+    assert "local/seed-0: started" not in out
+    assert "2 of 2 runs are finished, 0 were before" in out
+
+
 def test_the_lock_outlives_a_sweep_that_is_killed_for_as_long_as_its_run_lives(tmp_path: Path):
     log = tmp_path / "a" / "seed-0.log"
     first = RunProcess(Launch("a", ["sleep", "60"], log))
