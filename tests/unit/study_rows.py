@@ -71,6 +71,13 @@ STUDIES: dict[str, dict[str, str]] = {
         "when the training loss no longer falls (`loss_plateau`)": "loss-plateau",
         "FreezeOut from 50 % of the run on, nothing true": "freezeout",
     },
+    "bench_interval.json": {
+        "SGD, 20 epochs": "sgd",
+        "SGD, 16 epochs": "sgd-16",
+        "every 4th step true": "even",
+        "from every 2nd to every 8th": "rarer",
+        "from every 8th to every 2nd": "denser",
+    },
     "bench_rules.json": {
         "SGD, 20 epochs": "sgd",
         "SGD, 18 epochs": "sgd-18",
