@@ -134,6 +134,11 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
     ),
     (
         "../README.md",
+        r"all of CIFAR-10, 20 epochs, one seed \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) ×, .*? \| ([\d.]+) % \|",
+        lambda: [*top1_and_saving("bench_m.json", "sgd", "recommended"), on_all_of_cifar10()[2]],
+    ),
+    (
+        "../README.md",
         r"\(`localized/paper`\) \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) ×",
         lambda: top1_and_saving("bench_paper_5000.json", "images-5000-sgd", "images-5000-follows"),
     ),
