@@ -224,6 +224,7 @@ class Trainer:
             while self.progress.epoch < self.config.train.epochs and not collapse.ends_run:
                 metrics = self._run_epoch()
             self.checkpoints.finish()
+            self.monitor.flush_trace()  # the last report is drawn before the trace is closed
             if collapse.ends_run:
                 # A rank that fails has the others killed: none may be writing.
                 self.runtime.barrier()

@@ -83,6 +83,12 @@ class FootprintMonitor:
         )
         self._thread.start()
 
+    def flush_trace(self) -> None:
+        """Writes what the trace has gathered, as it does each second by itself: for a reader that is about to look."""
+        if self._trace is not None:
+            with contextlib.suppress(OSError):
+                self._trace.flush()
+
     def reset_peak(self) -> None:
         """Start a new measurement: drop garbage and cached blocks, forget the peaks.
 

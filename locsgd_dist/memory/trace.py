@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class MemoryTrace:
         self._rank = rank
         self._lines: list[str] = []
         self._written = 0.0
+        self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError), path.open("x") as file:
             file.write(_csv_line(COLUMNS))  # long before any rank's first line, which waits WRITE_SECONDS
@@ -47,16 +49,19 @@ class MemoryTrace:
     def append(self, time: float, readings: Mapping[str, int | None]) -> None:
         """Add one sample: ``time`` in seconds since the epoch, bytes by column."""
         cells = [f"{time:.3f}", self._rank, *(readings.get(column) for column in BYTES_COLUMNS)]
-        self._lines.append(_csv_line(cells))
+        with self._lock:
+            self._lines.append(_csv_line(cells))
         self._written = self._written or time
         if time - self._written >= WRITE_SECONDS:
             self._written = time
             self.flush()
 
     def flush(self) -> None:
-        lines, self._lines = self._lines, []
-        if lines:
-            os.write(self._file, "".join(lines).encode())
+        """Writes what has been gathered; from any thread."""
+        with self._lock:
+            lines, self._lines = self._lines, []
+            if lines:
+                os.write(self._file, "".join(lines).encode())
 
     def close(self) -> None:
         try:
