@@ -77,9 +77,18 @@ class Training:
         return weights_of(self.model)
 
 
-def train(network: str, boundary: int, options: dict[str, Any], batch: int = BATCH) -> Weights:
+def train(
+    network: str, boundary: int, options: dict[str, Any], batch: int = BATCH, *, channels_last: bool = False
+) -> Weights:
     torch.manual_seed(0)
-    return Training(NormNet() if network == "norm" else PlainNet(), **options).run(boundary, batch)
+    model = NormNet() if network == "norm" else PlainNet()
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    return Training(model, **options).run(boundary, batch)
+
+
+def train_channels_last(network: str, boundary: int, options: dict[str, Any]) -> Weights:
+    return train(network, boundary, options, channels_last=True)
 
 
 @pytest.mark.parametrize("boundary", [3, NORM_NET_LAYERS])
@@ -87,6 +96,13 @@ def test_a_refresh_every_step_is_plain_sgd_bit_for_bit(two_ranks: Any, boundary:
     assert_bit_equal([train("norm", 0, {}), train("norm", boundary, {"every": 1})])
     together = two_ranks.run(train, "norm", 0, {})
     refreshed = two_ranks.run(train, "norm", boundary, {"every": 1})
+    for plain, other in zip(together, refreshed, strict=True):
+        assert_bit_equal([plain, other])
+
+
+def test_in_channels_last_too(two_ranks: Any) -> None:
+    together = two_ranks.run(train_channels_last, "norm", 0, {})
+    refreshed = two_ranks.run(train_channels_last, "norm", NORM_NET_LAYERS, {"every": 1})
     for plain, other in zip(together, refreshed, strict=True):
         assert_bit_equal([plain, other])
 
