@@ -71,6 +71,12 @@ STUDIES: dict[str, dict[str, str]] = {
         "when the training loss no longer falls (`loss_plateau`)": "loss-plateau",
         "FreezeOut from 50 % of the run on, nothing true": "freezeout",
     },
+    "bench_xs_lr.json": {
+        "SGD, 20 epochs": "sgd-lr0.1",
+        "SGD, 16 epochs": "sgd-16-lr0.1",
+        "every 4th step true, × 2": "refresh4-gain2-lr0.1",
+        "a quarter of each batch true": "quarter-lr0.1",
+    },
     "bench_interval.json": {
         "SGD, 20 epochs": "sgd",
         "SGD, 16 epochs": "sgd-16",
