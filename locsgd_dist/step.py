@@ -213,7 +213,11 @@ class TrainStep:
                     buffer.copy_(before)
 
     def _passes(self, batches: Sequence[Batch], *, is_refresh: bool, is_measured: bool) -> list[_Pass]:
-        """What a step runs, in turn; all ranks end alike, so that what a localized rule exchanges meets its match."""
+        """What a step runs, in turn: the same on all ranks, whatever their share.
+
+        Collectives lie in and between passes: of replicas, of the region, and DDP's own, which settles its buckets in
+        the first pass of the second step.
+        """
         if not is_refresh:
             return [_Pass(batch, is_whole=is_measured) for batch in batches]
         if self._refresh.fraction == 1:
@@ -262,9 +266,9 @@ def _divided(batch: Batch, fraction: float) -> list[_Pass]:
     whole += size - whole == 1
     # Where nothing is left over, one sample stands in that counts for nothing.
     rest = slice(whole, None) if whole < size else slice(0, 1)
-    # The step's samples over all ranks are counted with the part that every rank has.
-    passes = [(slice(0, whole), 0, whole, True)] if whole else []
-    passes.append((rest, batch.global_size, size - whole, False))
+    # A rank without samples takes both passes too, with its filler sample. The step's samples over all ranks are
+    # counted once, with the rest.
+    passes = [(slice(0, whole or 1), 0, whole, True), (rest, batch.global_size, size - whole, False)]
     return [
         _Pass(Batch(batch.images[part], batch.targets[part], global_size, count), is_whole)
         for part, global_size, count, is_whole in passes

@@ -31,7 +31,8 @@ class Refresh:
         config: the ``localized`` section, of which this reads what begins with ``refresh``.
 
     Attributes:
-        interval: steps from one refresh step to the next; set it at any time, on all ranks alike.
+        interval: every so many steps of the run are refresh steps; set it at any time, on all ranks alike. The first
+            gap after a change may be shorter than either interval, or nearly as long as both.
         enabled: whether there are any.
         fraction: share of each batch that backpropagates through the whole network; the step takes it apart.
     """
@@ -90,9 +91,9 @@ class Refresh:
     @torch.no_grad()
     def finish_reducing(self) -> None:
         """Before the optimizer's step: waits for the averages and applies the gain."""
-        for wait in self._in_flight:
+        pending, self._in_flight = self._in_flight, []
+        for wait in pending:
             wait()
-        self._in_flight = []
         self._scale(self._learner.released, self._gain)
 
     def _scale(self, parameters: Sequence[nn.Parameter], factor: float) -> None:

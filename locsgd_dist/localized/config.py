@@ -52,7 +52,7 @@ class LocalizedConfig:
     paper; >= 0."""
     refresh_growth: float = 1.0
     """Interval between refresh steps in the last epoch over that in the first, refresh_every; in between it follows a
-    geometric progression, in whole steps: 4 makes true gradients rarer as rates fall; > 0."""
+    geometric progression, in whole steps: 4 makes true gradients rarer as rates fall; in (0, 1e6]."""
     refresh_recompute: bool = True
     """Keep only the inputs of the localized region's blocks in a refresh step and run them anew in its backward pass:
     less memory, more arithmetic."""
@@ -84,8 +84,8 @@ class LocalizedConfig:
             raise ValueError(f"localized.batch_fraction must lie in (0, 1], got {self.batch_fraction}")
         if self.refresh_every < 0:
             raise ValueError(f"localized.refresh_every must be >= 0, got {self.refresh_every}")
-        if not 0 < self.refresh_growth < math.inf:
-            raise ValueError(f"localized.refresh_growth must be > 0, got {self.refresh_growth}")
+        if not 0 < self.refresh_growth <= 1e6:
+            raise ValueError(f"localized.refresh_growth must lie in (0, 1e6], got {self.refresh_growth}")
         if self.refresh_growth != 1 and not self.refresh_every:
             raise ValueError(
                 f"localized.refresh_every must be >= 1 for localized.refresh_growth={self.refresh_growth:g}, got 0"

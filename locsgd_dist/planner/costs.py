@@ -59,8 +59,8 @@ def num_steps(num_train: int, images_per_step: int) -> int:
 def num_buckets(parameter_bytes: Sequence[int], mib: int | None = None) -> int:
     """All-reduces per step for gradients of these sizes: from the last backwards, each bucket until it is full.
 
-    So DDP cuts them from the second step after a shift on; in the first, and under train.deterministic, it begins at
-    the other end, which may make one bucket more or less.
+    So DDP cuts them from the second step after a shift on. In the first all of them travel in one bucket; under
+    train.deterministic it begins at the other end throughout, which may make one bucket more or less.
 
     Args:
         parameter_bytes: of each parameter, in the order of their definition, uncompressed.
@@ -135,7 +135,8 @@ class EpochTime:
         localized: localized updates, on the busiest rank.
         backward: backward passes, those of refresh steps included.
         exchange: gradients of the SGD region and replicas, as if nothing ran beside them; those of the localized region
-            too where a part of each batch refreshes it, beside the pass of the rest.
+            too where a part of each batch refreshes it. These hide beside the pass of the rest of that batch alone, so
+            that ``total`` is then a lower bound.
         refresh_exchange: the localized region's gradients in steps that all of the batch refreshes it, which are sent
             after the backward pass.
     """

@@ -71,18 +71,18 @@ class Progress:
     def start(self, run: Run) -> Resolved | None:
         """Takes a run off the waiting list and resolves it; None if that failed, or if another sweep over the same
         folder has finished it since."""
-        if state_of(run) is State.FINISHED:
-            self.waiting.remove(run)
-            self.finished.add(run.name)
-            print(f"{run.name}: finished by another process", flush=True)
-            self.on_change()
-            return None
         try:
             resolved = resolve(self.plan, run)
             # What a run takes from others is known only now: the one that lies there may be of another length.
             check_existing(self.plan, [run])
         except ValueError as error:
             self.fail(run, [str(error)])
+            return None
+        if state_of(run) is State.FINISHED:
+            self.waiting.remove(run)
+            self.finished.add(run.name)
+            print(f"{run.name}: finished by another process", flush=True)
+            self.on_change()
             return None
         self.waiting.remove(run)
         self.active.add(run.name)

@@ -84,7 +84,17 @@ def train(
     model = NormNet() if network == "norm" else PlainNet()
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    return Training(model, **options).run(boundary, batch)
+    training = Training(model, **options)
+    finish = training.refresh.finish_reducing
+
+    def finish_and_look() -> None:
+        finish()
+        for parameter in training.learner.released:
+            assert parameter.grad is not None
+            assert parameter.grad.stride() == parameter.stride()
+
+    training.refresh.finish_reducing = finish_and_look  # type: ignore[method-assign]
+    return training.run(boundary, batch)
 
 
 def train_channels_last(network: str, boundary: int, options: dict[str, Any]) -> Weights:
@@ -254,6 +264,48 @@ def test_gradients_of_a_part_travel_beside_the_pass_of_the_rest(two_ranks: Any) 
     in_part = [*one_pass, "send", *one_pass, "await"]
     assert two_ranks.run(order_of_a_step, {"fraction": 0.5}) == [in_part, in_part]
     assert two_ranks.run(order_of_a_step, {}) == [[*one_pass, "send", "await"]] * 2
+
+
+def train_where_a_rank_is_empty(empty_at: int, recompute: bool) -> tuple[Weights, Weights]:
+    """A rank without samples in one step after the shift; the weights, and those of plain torch on rank 0's samples."""
+    torch.manual_seed(0)
+    training = Training(PlainNet(), every=1, fraction=0.5, recompute=recompute)
+    training.optimizer.release(training.learner.advance(3))
+    training.region.refresh()
+    torch.manual_seed(0)
+    model = PlainNet()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, weight_decay=OPTIM.weight_decay
+    )
+    localized = [p for name in LAYERS[:3] for p in model.get_submodule(name).parameters()]
+    for index in range(4):
+        images, targets = samples(BATCH, index)
+        shares = [BATCH, 0] if index == empty_at else [BATCH // 2, BATCH // 2]
+        starts = [0, shares[0]]
+        start, size = starts[training.rank], shares[training.rank]
+        mine = slice(start, start + size) if size else slice(0, 1)  # a filler, as the loader gives it
+        training.step([Batch(images[mine], targets[mine], BATCH, size)], Tally(CPU))
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), targets).backward()
+        loss = torch.zeros(())
+        for begin, count in zip(starts, shares, strict=True):
+            if count:
+                first = slice(begin, begin + count // 2)
+                loss = loss + F.cross_entropy(model(images[first]), targets[first]) * count / BATCH
+        for parameter, gradient in zip(localized, torch.autograd.grad(loss, localized), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    return weights_of(training.model), weights_of(model)
+
+
+# DDP settles its buckets, by a collective of its own, in the second step after a shift.
+@pytest.mark.parametrize("empty_at", [0, 1, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_rank_without_samples_meets_the_others_collectives(two_ranks: Any, empty_at: int, recompute: bool) -> None:
+    results = two_ranks.run(train_where_a_rank_is_empty, empty_at, recompute)
+    assert_bit_equal([weights for weights, _ in results])
+    for weights, expected in results:
+        assert_close(weights, expected, rtol=1e-4, atol=5e-6)
 
 
 def test_the_count_of_steps_is_restored() -> None:

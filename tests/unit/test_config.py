@@ -53,6 +53,7 @@ BAD = [
     ("--localized.refresh_carry=true --localized.refresh_every=1", "localized.refresh_every"),
     ("--localized.refresh_growth=0 --localized.refresh_every=1", "localized.refresh_growth"),
     ("--localized.refresh_growth=inf --localized.refresh_every=1", "localized.refresh_growth"),
+    ("--localized.refresh_growth=1e308 --localized.refresh_every=100", "localized.refresh_growth"),
     ("--localized.refresh_growth=2", "localized.refresh_every"),
     ("--localized.refresh_carry=true --localized.refresh_every=2 --optim.name=adamw", "localized.refresh_carry"),
     ("--localized.refresh_carry=true --localized.refresh_every=2 --optim.momentum=0", "localized.refresh_carry"),
