@@ -52,6 +52,16 @@ def screen(rule: str) -> list[str]:
     return [str(last["boundary"]), str(last["num_layers"]), f"{100 * last['val_top1']:.1f}"]
 
 
+def prefix_gradients() -> list[str]:
+    """Least and most of what true gradients have in common, over epochs."""
+    epochs = result("gradient_change.json")["epochs"]
+    figures = []
+    for key, digits, scale in (("cosine", 2, 1), ("change", 2, 1), ("signal", 1, 100), ("epoch_cosine", 2, 1)):
+        values = [scale * epoch[key] for epoch in epochs if epoch[key] is not None]
+        figures += [f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"]
+    return figures
+
+
 def ratio(summary: dict[str, Any]) -> list[str]:
     return [f"{summary[key]:.2f}" for key in ("median", "min", "max")]
 
@@ -212,6 +222,12 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
             ranged(at_three_quarters("step_time_compiled.json")["ResNet-18"][mode]["cpu_speed_up_over_sgd"])
             for mode in ("sgd, not compiled", "hebbian 1/8", "frozen")
         ],
+    ),
+    (
+        "results.md",
+        r"have a cosine of (\S+) to (\S+), whatever .*? difference is (\S+) to (\S+) times .*? "
+        r"share is (\S+) to (\S+) % .*? \(cosine (\S+) to (\S+)\)",
+        prefix_gradients,
     ),
     ("results.md", r"\(`localized.rule=none`\) \| (\d+) of (\d+) \| ([\d.]+) % \|", lambda: screen("none")),
     ("results.md", r"η = .01 \(`hebbian`\) \| (\d+) of (\d+) \| ([\d.]+) % \|", lambda: screen("hebbian")),
