@@ -60,11 +60,6 @@ class Trainer:
         # Before the first use of CUDA, so that the context counts in the footprint.
         self.monitor = self._closing(FootprintMonitor(config.monitor, device))
         self.runtime = self._closing(Runtime(device, config.distributed))
-        if config.run.resume == "never" and not was_restarted():
-            if self.runtime.is_main:
-                self.directory.move_aside()
-            self.runtime.barrier()
-        self.monitor.start_trace(self.directory.memory, self.runtime.rank)
         self.data = self._closing(
             build_data(
                 config.data,
@@ -95,7 +90,6 @@ class Trainer:
         )
         networks = [self.model] if self.ema is None else [self.model, self.ema.module]
         self.baseline = make_baseline(config, networks, self.learner.layers, self.example_input, self.runtime)
-        # Before anything is written: it may refuse the configuration.
         self.decisions = Decisions(config, self.learner.layers, num_classes=self.data.num_classes)
         self.trace = WeightTrace(self.learner.layers)
         self.traffic = Traffic()
@@ -150,9 +144,17 @@ class Trainer:
         )
         if config.train.compile:
             self.model.compile()
+        # From here on the run directory is written to: whatever may refuse the configuration stands above.
+        if config.run.resume == "never" and not was_restarted():
+            if self.runtime.is_main:
+                self.directory.move_aside()
+            self.runtime.barrier()
+        self.monitor.start_trace(self.directory.memory, self.runtime.rank)
         self.recorder = self._closing(
             Recorder.open(self.directory.path, config.run, rank=self.runtime.rank, config_yaml=config.to_yaml())
         )
+        # Before the recorder closes, with which the last report is drawn.
+        self._resources.callback(self.monitor.flush_trace)
         self.batching = BatchController(
             config,
             step=self.step,
@@ -224,7 +226,6 @@ class Trainer:
             while self.progress.epoch < self.config.train.epochs and not collapse.ends_run:
                 metrics = self._run_epoch()
             self.checkpoints.finish()
-            self.monitor.flush_trace()  # the last report is drawn before the trace is closed
             if collapse.ends_run:
                 # A rank that fails has the others killed: none may be writing.
                 self.runtime.barrier()

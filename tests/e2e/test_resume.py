@@ -84,8 +84,18 @@ def test_what_only_the_built_network_can_tell_is_one_line_too(launch: Launch, tm
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line]
     assert "selection.boundary must be at most" in line
-    # Where a run lay, its configuration and records would have been overwritten.
-    assert not [name for name in ("config.yaml", "metrics.jsonl", "events.jsonl") if (tmp_path / "r" / name).exists()]
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_refused_start_leaves_an_earlier_run_as_it_is(resume: str, launch: Launch, tmp_path: Path):
+    earlier = tmp_path / "r"
+    earlier.mkdir()
+    (earlier / "metrics.jsonl").write_text("")
+    refused = (*TINY, "--selection.kind=fixed", "--selection.boundary=99", "--run.dir=r", f"--run.resume={resume}")
+    assert launch(*refused, nproc=0).returncode == 2
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["r"]
+    assert [path.name for path in earlier.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("mode", ["all_reduce", "periodic"])
