@@ -6,7 +6,7 @@ refresh would cost more than the reduction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any
@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from locsgd_dist.distributed.buckets import REFRESH_BUCKET_BYTES, cut
 from locsgd_dist.distributed.traffic import Traffic
 from locsgd_dist.localized import LocalizedConfig, LocalizedLearner
-
-BUCKET_BYTES = 25 << 20
 
 
 class Refresh:
@@ -115,18 +114,12 @@ class Refresh:
         self._num_steps = state["num_steps"]
 
 
-def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in order, cut into lists of one dtype and about ``BUCKET_BYTES`` each."""
-    buckets: list[list[nn.Parameter]] = []
-    for _, same in groupby(parameters, key=lambda parameter: parameter.dtype):
-        size = BUCKET_BYTES
-        for parameter in same:
-            if size >= BUCKET_BYTES:
-                buckets.append([])
-                size = 0
-            buckets[-1].append(parameter)
-            size += parameter.numel() * parameter.element_size()
-    return buckets
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in order, cut into lists of one dtype."""
+    for _, group in groupby(parameters, key=lambda parameter: parameter.dtype):
+        same = list(group)
+        for part in cut([p.numel() * p.element_size() for p in same], REFRESH_BUCKET_BYTES):
+            yield same[part]
 
 
 def _gather(bucket: Sequence[nn.Parameter]) -> Tensor:

@@ -13,20 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from locsgd_dist.distributed.buckets import bucket_mib
 from locsgd_dist.distributed.traffic import Traffic
-
-_MIB = 1 << 20
-
-
-def bucket_mib(region_bytes: int) -> int:
-    """Size of all-reduce buckets that a region with gradients of ``region_bytes`` takes by itself, in MiB.
-
-    A bucket travels while the backward pass fills the next ones; the last has nothing left to hide behind. DDP's own
-    are one of 1 MiB and then of 25 MiB, more than a small region has in all: what the first leaves would travel in one
-    piece, behind the backward pass. About an eighth leaves as much of the exchange at the end; below 1 MiB messages get
-    too small. Rounded down to whole MiB.
-    """
-    return min(25, max(1, region_bytes // (8 * _MIB)))
 
 
 class RegionDDP:
@@ -98,7 +86,7 @@ class RegionDDP:
         gc.collect()
         self._wrap(init_sync=False)
 
-    def _bucket_cap(self, region_bytes: int) -> int | None:
+    def _bucket_cap(self, region_bytes: int) -> int:
         return self._bucket_mib or bucket_mib(region_bytes)
 
     def _wrap(self, *, init_sync: bool) -> None:

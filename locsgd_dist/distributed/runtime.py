@@ -32,8 +32,8 @@ class DistributedConfig:
     gradient_compression: Literal["none", "bf16"] = "none"
     """bf16 sends gradients in half the bytes."""
     bucket_mib: int | None = None
-    """Size of the all-reduce buckets of the SGD region's gradients, in MiB, at least 1; null takes an eighth of the
-    region, at least 1 and at most 25: smaller hides more of the exchange, larger suits many ranks far apart."""
+    """Size of the all-reduce buckets of the SGD region's gradients, in MiB, at least 1; null takes about an eighth
+    of the region, at least 1 and at most 25: smaller hides more of the exchange, larger suits many ranks far apart."""
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout_minutes <= _A_YEAR_IN_MINUTES:

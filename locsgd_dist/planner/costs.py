@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from locsgd_dist.distributed import ReplicaConfig, bucket_mib
-from locsgd_dist.distributed.refresh import BUCKET_BYTES
+from locsgd_dist.distributed.buckets import REFRESH_BUCKET_BYTES, cut
 from locsgd_dist.localized import LocalizedConfig
 from locsgd_dist.planner.footprint import BoundaryStep
 
@@ -66,13 +65,7 @@ def num_buckets(parameter_bytes: Sequence[int], mib: int | None = None) -> int:
         parameter_bytes: of each parameter, in the order of their definition, uncompressed.
         mib: ``distributed.bucket_mib``.
     """
-    cap = (mib or bucket_mib(sum(parameter_bytes))) << 20
-    buckets, filled = 0, cap
-    for size in reversed(parameter_bytes):
-        if filled >= cap:
-            buckets, filled = buckets + 1, 0
-        filled += size
-    return buckets
+    return len(cut(parameter_bytes[::-1], (mib or bucket_mib(sum(parameter_bytes))) << 20))
 
 
 def epoch_traffic(
@@ -99,7 +92,7 @@ def epoch_traffic(
     exchanges = updates if replicas.mode == "all_reduce" else -(-updates // replicas.every)
     exchanges = exchanges if step.replica_bytes else 0
     refresh_bytes = refreshes * step.refresh_bytes
-    refresh_collectives = refreshes * math.ceil(step.refresh_bytes / BUCKET_BYTES)
+    refresh_collectives = refreshes * len(cut(step.refresh_parameter_bytes, REFRESH_BUCKET_BYTES))
     return EpochTraffic(
         steps,
         gradient_bytes=steps * step.gradient_bytes + refresh_bytes,
@@ -137,8 +130,8 @@ class EpochTime:
         exchange: gradients of the SGD region and replicas, as if nothing ran beside them; those of the localized region
             too where a part of each batch refreshes it. These hide beside the pass of the rest of that batch alone, so
             that ``total`` is then a lower bound.
-        refresh_exchange: the localized region's gradients in steps that all of the batch refreshes it, which are sent
-            after the backward pass.
+        refresh_exchange: the localized region's gradients where whole batches refresh it, which are sent after the
+            backward pass.
     """
 
     forward: float
@@ -150,7 +143,7 @@ class EpochTime:
     @property
     def total(self) -> float:
         """The exchange runs beside the backward pass and shows only where it takes longer; that of refresh steps
-        runs beside nothing."""
+        of whole batches runs beside nothing."""
         return self.forward + self.localized + max(self.backward, self.exchange) + self.refresh_exchange
 
 
@@ -161,15 +154,19 @@ def epoch_time(
     num_train: int,
     machine: Machine,
     replicas: ReplicaConfig,
-    refresh_fraction: float = 1.0,
+    localized: LocalizedConfig | None = None,
 ) -> EpochTime:
-    """Seconds of an epoch: two operations per multiply-add at the GPU's rate, collectives as modelled above."""
+    """Seconds of an epoch: two operations per multiply-add at the GPU's rate, collectives as modelled above.
+
+    Args:
+        localized: as for :func:`epoch_traffic`.
+    """
     assert machine.flops_per_second is not None
     per_mac = 2 * num_train / machine.gpus / machine.flops_per_second
     macs = step.macs(machine.gpus)
     refresh_exchange = all_reduce_seconds(traffic.refresh_bytes, traffic.refresh_collectives, machine)
     exchange = all_reduce_seconds(traffic.gradient_bytes, traffic.gradient_collectives, machine)
-    if refresh_fraction < 1:
+    if localized is not None and localized.refresh_fraction < 1:
         refresh_exchange = 0.0
     exchange -= refresh_exchange
     if replicas.mode == "sharded":

@@ -6,7 +6,7 @@ stood in for (`on_meta`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -61,7 +61,8 @@ class BoundaryStep:
         updated: layers that learn locally.
         update_macs: multiply-adds per image of each one's updates, in the mean over steps at the configured batch.
         shares_updates: whether the ranks divide the updated layers among them (replicas.mode=sharded).
-        refresh_bytes: gradients of the localized region, as a refresh step sends them; 0 without refresh steps.
+        refresh_parameter_bytes: of each parameter of the localized region whose gradient a refresh step sends; empty
+            without refresh steps.
         refresh_macs: multiply-adds per image that refresh steps need on top, in the mean over steps.
     """
 
@@ -74,8 +75,13 @@ class BoundaryStep:
     updated: tuple[Layer, ...]
     update_macs: tuple[float, ...]
     shares_updates: bool
-    refresh_bytes: int
+    refresh_parameter_bytes: tuple[int, ...]
     refresh_macs: float
+
+    @property
+    def refresh_bytes(self) -> int:
+        """Gradients of the localized region, as a refresh step sends them."""
+        return sum(self.refresh_parameter_bytes)
 
     @property
     def replica_bytes(self) -> int:
@@ -174,13 +180,13 @@ class StepEstimator:
             boundary,
             DearestStep(kinds),
             gradient_bytes=sum(p.numel() * (2 if compressed else p.element_size()) for p in trainable),
-            parameter_bytes=tuple(p.numel() * p.element_size() for p in trainable),
+            parameter_bytes=_sizes(trainable),
             forward_macs=sum(layer.macs for layer in self.layers),
             backward_macs=backward_macs[False],
             updated=updated,
             update_macs=tuple(self._update_macs(layer) for layer in updated),
             shares_updates=self._config.replicas.mode == "sharded",
-            refresh_bytes=sum(p.numel() * p.element_size() for p in self._learner.released) if refreshes else 0,
+            refresh_parameter_bytes=_sizes(self._learner.released) if refreshes else (),
             refresh_macs=self._refresh_macs(backward_macs[True] - backward_macs[False]) if refreshes else 0,
         )
 
@@ -266,3 +272,7 @@ class StepEstimator:
             rule=self._config.localized.make_rule(self._config.train.seed),
             batch_fraction=self._config.localized.batch_fraction,
         )
+
+
+def _sizes(parameters: Sequence[nn.Parameter]) -> tuple[int, ...]:
+    return tuple(p.numel() * p.element_size() for p in parameters)

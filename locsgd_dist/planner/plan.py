@@ -141,7 +141,7 @@ class Planner:
             num_train=self.data.num_train,
             machine=machine,
             replicas=self.config.replicas,
-            refresh_fraction=self.config.localized.refresh_fraction,
+            localized=self.config.localized,
         ).total
 
     def plain_bytes(self) -> int:

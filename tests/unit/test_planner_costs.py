@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -147,6 +148,8 @@ def test_refresh_steps_send_the_regions_gradients_and_no_updates() -> None:
     assert whole.replica_exchanges == 75
     part = epoch_traffic(step, 100, 2, replicas, LocalizedConfig(refresh_every=4, refresh_fraction=0.5))
     assert (part.gradient_bytes, part.replica_exchanges) == (whole.gradient_bytes, 100)
+    large = replace(step, refresh_parameter_bytes=(20 * MIB, 20 * MIB, 20 * MIB))  # a bucket of two, one of the third
+    assert epoch_traffic(large, 100, 2, replicas, LocalizedConfig(refresh_every=4)).refresh_collectives == 25 * 2
 
 
 def test_refresh_steps_take_time() -> None:
@@ -217,7 +220,9 @@ def test_gradients_of_refresh_steps_hide_behind_nothing() -> None:
     step = steps(*flags)[5]
     machine = Machine(2, flops_per_second=1e9, bytes_per_second=1e9, latency_seconds=0.0)
     traffic = epoch_traffic(step, 10, 2, config.replicas, config.localized)
-    seconds = epoch_time(step, traffic, num_train=1000, machine=machine, replicas=config.replicas)
+    seconds = epoch_time(
+        step, traffic, num_train=1000, machine=machine, replicas=config.replicas, localized=config.localized
+    )
     assert seconds.exchange == pytest.approx(10 * 4 * sum(OWNED[5:]) / 1e9)
     assert seconds.refresh_exchange == pytest.approx(5 * 4 * sum(OWNED[:5]) / 1e9)
     assert seconds.exchange < seconds.backward
@@ -232,7 +237,9 @@ def test_gradients_of_refresh_steps_by_a_part_of_the_batch_hide_beside_the_rest(
     step = steps(*flags)[5]
     machine = Machine(2, flops_per_second=1e9, bytes_per_second=bytes_per_second, latency_seconds=0.0)
     traffic = epoch_traffic(step, 10, 2, config.replicas, config.localized)
-    seconds = epoch_time(step, traffic, num_train=1000, machine=machine, replicas=config.replicas, refresh_fraction=0.5)
+    seconds = epoch_time(
+        step, traffic, num_train=1000, machine=machine, replicas=config.replicas, localized=config.localized
+    )
     assert seconds.exchange == pytest.approx(10 * 4 * sum(OWNED) / bytes_per_second)
     beside = seconds.backward if bytes_per_second == 1e12 else seconds.exchange
     assert seconds.total == pytest.approx(seconds.forward + seconds.localized + beside)
