@@ -24,8 +24,9 @@ class StepGuard:
         guard.end(bad)
         guard.check()                            # the host: is it too much?
 
-    ``bad`` is a scalar on the device that says the same on all ranks without a collective of its own: a loss that is
-    not finite makes its gradients so, and the reduced gradient of all ranks with them. Nothing here waits for the
+    ``bad`` is a scalar on the device that says the same on all ranks without a collective of its own, as long as a
+    layer learns by SGD: a loss that is not finite makes its gradients so, and the reduced gradient of all ranks with
+    them. Nothing here waits for the
     device but :meth:`check`, and that for the step before.
 
     Args:
@@ -62,12 +63,15 @@ class StepGuard:
 
     @torch.no_grad()
     def judge(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Whether the step is bad, from the reduced gradients of ``parameters``."""
+        """Whether the step is bad, from the reduced gradients of ``parameters``; no refresh step is under way."""
+        parameters = list(parameters)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if gradients:
-            return ~torch.nn.utils.get_total_norm(gradients).isfinite()
-        # The whole network learns locally: no gradient has carried the news.
-        bad = (~self._finite).float()
+        bad = ~torch.nn.utils.get_total_norm(gradients).isfinite() if gradients else torch.zeros_like(self._finite)
+        if gradients and any(parameter.requires_grad for parameter in parameters):
+            return bad
+        # The whole network learns locally: no gradient has carried the news, but that of the part of the batch that
+        # refreshed it, if one did.
+        bad = (bad | ~self._finite).float()
         if self._group is not None:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self._group)
         return bad > 0

@@ -15,8 +15,20 @@ from locsgd_dist.recording import RunDirectory
 POISONED = 17
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_a_poisoned_image_on_one_rank(every: int, two_ranks: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "region",
+    [
+        ["--selection.boundary=2", "--replicas.every=1"],
+        ["--selection.boundary=2", "--replicas.every=3"],
+        # The whole network rests but for the first half of each batch.
+        [
+            *("--selection.boundary=null", "--selection.lmax=1", "--localized.rule=frozen"),
+            *("--localized.refresh_every=1", "--localized.refresh_fraction=0.5"),
+        ],
+    ],
+    ids=["exchanged in each step", "in every third", "refreshed by a part"],
+)
+def test_a_poisoned_image_on_one_rank(region: list[str], two_ranks: Any, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     flags = [
         *FLAGS,
@@ -24,8 +36,7 @@ def test_a_poisoned_image_on_one_rank(every: int, two_ranks: Any, tmp_path: Path
         "--train.epochs=2",
         "--batch.policy=fixed",
         "--selection.kind=fixed",
-        "--selection.boundary=2",
-        f"--replicas.every={every}",
+        *region,
         f"--run.dir={run_dir}",
     ]
     ranks = run(two_ranks, flags)

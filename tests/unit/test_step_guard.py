@@ -60,6 +60,18 @@ def test_without_any_gradient_the_loss_decides():
         assert bool(guard.judge(model.parameters())) is expected
 
 
+@pytest.mark.parametrize("bad_part", [None, 0, 1])
+def test_where_a_part_refreshes_the_whole_network_the_loss_of_the_rest_counts_too(bad_part: int | None):
+    model, guard = network(), StepGuard(CPU)
+    guard.begin(model)
+    for part in (0, 1):
+        model.requires_grad_(part == 0)
+        loss = guard.watch(model(torch.randn(2, 3, 8, 8)).sum() * (torch.nan if part == bad_part else 1.0))
+        if part == 0:
+            loss.backward()
+    assert bool(guard.judge(model.parameters())) is (bad_part is not None)
+
+
 @pytest.mark.parametrize("is_bad", [True, False])
 def test_running_statistics_of_a_bad_step_are_given_back(is_bad: bool):
     model, guard = network(), StepGuard(CPU)
