@@ -17,6 +17,10 @@ from locsgd_dist.run_state import FORMAT, RunState
 _NOTHING, _SAVE = 0, 1
 
 
+class NotSavedError(Exception):
+    """The run has come to its end, but its last checkpoint could not be written."""
+
+
 class Checkpointer:
     """Saves a run where it is due or asked for, and leaves when the machine is about to be taken away.
 
@@ -49,12 +53,14 @@ class Checkpointer:
         self._has_asked = False
         self._owes_save = False
         self._saving = (0, 0)
+        self._last_error: str | None = None
 
     def restore(self, resume: str) -> bool:
         """Goes on from the checkpoint that ``run.resume`` means, if there is one.
 
         Raises:
-            ValueError: it cannot be read, another version has written it, or it is of a run that is not this one.
+            ValueError: it cannot be read (of several, none can), another version has written it, or it is of a run
+                that is not this one.
         """
         found = self._find(resume)
         if found is None:
@@ -125,9 +131,18 @@ class Checkpointer:
         self.store.start_saving(state, self._position(), is_best=is_best)
 
     def finish(self) -> None:
-        """Waits for the last checkpoint; call at the end of a run."""
+        """Waits for the last checkpoint; call at the end of a run.
+
+        Raises:
+            NotSavedError: there is no such file, as on a full disk; the next start trains on from the one before.
+        """
         self._agreed.finish()
         self._report(self.store.wait())
+        if self._runtime.share([self._last_error is not None])[0]:
+            raise NotSavedError(
+                f"the trained network could not be saved: {self._last_error}; started again, the run goes on from the "
+                "checkpoint before"
+            )
         if self._runtime.is_main:
             clear_marker(self._directory.preempted)
 
@@ -170,11 +185,16 @@ class Checkpointer:
             self._recorder.event("preempt", **where, signal=Signals(signal_number).name)
             write_marker(self._directory.preempted, **where, signal=Signals(signal_number).name)
         self._runtime.barrier()
-        raise Preempted(f"epoch {progress.epoch}, {progress.samples_seen} samples")
+        if self._last_error is not None:
+            raise Preempted(f"not saved: {self._last_error}; the next start goes on from the checkpoint before")
+        raise Preempted(
+            f"saved at epoch {progress.epoch}, {progress.samples_seen} samples; the next start goes on there"
+        )
 
     def _report(self, written: Written | None) -> None:
         if written is None:
             return
+        self._last_error = written.error
         epoch, samples_seen = self._saving
         where = {"epoch": epoch, "samples_seen": samples_seen}
         if written.error is None:
@@ -187,6 +207,12 @@ class Checkpointer:
         if _means_newest(resume):
             # Ranks may see the folder at different moments; rank 0's view decides.
             newest = self.store.load_newest() if self._runtime.is_main else None
+            is_unreadable = self._runtime.is_main and newest is None and bool(self.store.paths())
+            if self._runtime.share([is_unreadable])[0]:
+                raise ValueError(
+                    f"run.dir: no checkpoint in {self.store.folder} can be read; run.resume=FILE goes on from another, "
+                    "such as best.pt there, and run.resume=never moves the run aside and starts afresh"
+                )
             name = self._runtime.share_text("" if newest is None else str(newest[0]))
             if name:
                 return newest or (Path(name), load_state(Path(name), is_elsewhere=True))

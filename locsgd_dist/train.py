@@ -11,6 +11,7 @@ from locsgd_dist.config import check_config, config_error_exit, parse_config
 from locsgd_dist.distributed import environment_rank
 from locsgd_dist.faults import CollapsedError, Preempted, TooManyBadStepsError
 from locsgd_dist.memory import StepOutOfMemoryError
+from locsgd_dist.saving import NotSavedError
 from locsgd_dist.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -37,17 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except (TooManyBadStepsError, CollapsedError) as error:
+    except (TooManyBadStepsError, CollapsedError, NotSavedError) as error:
         if environment_rank() == 0:
             print(f"locsgd: error: {error}", file=sys.stderr)
         return 1
     except Preempted as preempted:
         # Not a failure: torchrun would start the run again on a machine that is going away.
         if environment_rank() == 0:
-            print(f"locsgd: asked to leave, saved at {preempted}; the next start goes on there", file=sys.stderr)
+            print(f"locsgd: asked to leave, {preempted}", file=sys.stderr)
         return 0
     if environment_rank() == 0:
-        report = "" if config.run.report_every is None else f"  report: {trainer.directory.report}"
+        has_report = config.run.report_every is not None and trainer.directory.report.exists()
+        report = f"  report: {trainer.directory.report}" if has_report else ""
         print(f"run: {trainer.directory.path}{report}")
     return 0
 

@@ -215,7 +215,8 @@ class Trainer:
         """Trains to the last epoch; returns its record.
 
         Raises:
-            Preempted: the run was asked to leave and has saved itself.
+            Preempted: the run was asked to leave and has saved itself, if it could.
+            NotSavedError: the last checkpoint could not be written.
             TooManyBadStepsError: one step after the other was not finite.
             CollapsedError: the network has collapsed, and the run is to stop then; it has saved itself.
             StepOutOfMemoryError: a step did not fit; the next start goes on with a batch that does.

@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(Exception):  # noqa: N818  not an error: the run goes on elsewhere
-    """The run was asked to leave, and has saved itself."""
+    """The run was asked to leave, and has saved itself if it could: the message says so."""
 
 
 class StopSignals:
