@@ -30,7 +30,8 @@ class DistributedConfig:
     timeout_minutes: float = 10.0
     """A collective that waits longer than this fails; > 0."""
     gradient_compression: Literal["none", "bf16"] = "none"
-    """bf16 sends gradients in half the bytes."""
+    """bf16 sends the SGD region's gradients in half the bytes; those of the localized region, in refresh steps, stay as
+    they are."""
     bucket_mib: int | None = None
     """Size of the all-reduce buckets of the SGD region's gradients, in MiB, at least 1; null takes about an eighth
     of the region, at least 1 and at most 25: smaller hides more of the exchange, larger suits many ranks far apart."""
@@ -156,6 +157,8 @@ class Runtime:
         except RuntimeError as error:
             if found := re.search(r"[Rr]anks?:? ([\d, ]+\d|\d) failed to pass monitoredBarrier", str(error)):
                 return f"these ranks hang or are gone: {found[1]}"
+            if self.is_main:  # a process that has ended closes its connections; gloo does not say whose they were
+                return "another rank is gone: see what ended it, or which one torchrun names"
             return "rank 0 hangs or is gone, or found that another rank is: see its message"
         return "all ranks answer, so that the network or one slow rank held it up (distributed.timeout_minutes)"
 

@@ -28,6 +28,9 @@ def naming_silent_ranks(runtime: Runtime, patience: timedelta = ROLL_CALL) -> It
         raise RuntimeError(f"rank {runtime.rank}: a collective failed; {runtime.roll_call(patience)}") from error
 
 
+_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "timed out waiting", "pair closure")
+
+
 def _is_of_a_collective(error: RuntimeError) -> bool:
     text = str(error).lower()
-    return any(word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "timed out waiting"))
+    return any(word in text for word in _WORDS)

@@ -54,6 +54,31 @@ def test_of_four_ranks_the_two_that_hang_are_named(four_ranks: Any, tmp_path: Pa
     )
 
 
+def leave(ports: list[int]) -> str:
+    """Rank 1 is gone, its connections closed; what rank 0 says of it."""
+    with world_of_its_own(ports):
+        runtime = Runtime(CPU, DistributedConfig(timeout_minutes=0.1))
+        runtime.barrier()
+        told = ""
+        if runtime.is_main:
+            try:
+                with naming_silent_ranks(runtime, timedelta(seconds=5)):
+                    runtime.sum([1.0])
+                    runtime.sum([1.0])
+            except RuntimeError as error:
+                told = str(error)
+        else:
+            runtime.sum([1.0])
+        runtime.close()
+    return told
+
+
+def test_rank_0_does_not_blame_itself_for_one_that_is_gone(two_ranks: Any) -> None:
+    told, _ = two_ranks.run(leave, free_ports(2))
+    assert told.startswith("rank 0: a collective failed; ")
+    assert re.search("another rank is gone|hang or are gone: 1", told)
+
+
 def fail_while_all_answer(ports: list[int]) -> str:
     with world_of_its_own(ports):
         runtime = Runtime(CPU)
@@ -79,9 +104,16 @@ def test_an_error_of_no_collective_stays_as_it_is(error: Exception) -> None:
     assert caught.value is error
 
 
-def test_a_world_of_one_has_nobody_to_blame() -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NCCL error: unhandled system error",
+        "callback: RuntimeError: Application timeout caused pair closure",  # what gloo says of a stopped process
+    ],
+)
+def test_a_world_of_one_has_nobody_to_blame(text: str) -> None:
     with (
         pytest.raises(RuntimeError, match=r"^rank 0: a collective failed; there are no other ranks$"),
         naming_silent_ranks(Runtime(CPU)),
     ):
-        raise RuntimeError("NCCL error: unhandled system error")
+        raise RuntimeError(text)
