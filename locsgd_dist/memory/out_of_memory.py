@@ -9,12 +9,16 @@ worked. That is the same path that a killed process takes, on every backend, and
 from __future__ import annotations
 
 import json
-import os
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from locsgd_dist.recording.directory import write_atomically
+
+log = logging.getLogger(__name__)
 
 
 class StepOutOfMemoryError(Exception):
@@ -45,17 +49,20 @@ class OutOfMemoryLog:
         self._folder = folder
 
     def write(self, rank: int, per_gpu: int) -> None:
-        """Writes an incident down, whole or not at all."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        now = time.time()
-        path = self._folder / f"rank{rank}-{time.time_ns()}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"rank": rank, "per_gpu": per_gpu, "time": now}))
-        os.replace(temporary, path)
+        """Writes an incident down, whole or not at all: on a full disk the next start learns nothing of it."""
+        incident = {"rank": rank, "per_gpu": per_gpu, "time": time.time()}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._folder / f"rank{rank}-{time.time_ns()}.json", json.dumps(incident))
+        except OSError as error:
+            log.warning("%s: the batch that did not fit could not be written down: %s", self._folder, error)
 
     def read(self) -> list[Incident]:
-        """All incidents so far, in the order in which they happened."""
-        if not self._folder.is_dir():
-            return []
-        found = [Incident(**json.loads(path.read_text())) for path in self._folder.glob("rank*.json")]
+        """All incidents so far, in the order in which they happened; what cannot be read is passed over."""
+        found = []
+        for path in self._folder.glob("rank*.json"):
+            try:
+                found.append(Incident(**json.loads(path.read_text())))
+            except (OSError, ValueError, TypeError) as error:
+                log.warning("%s cannot be read and is passed over: %s", path, error)
         return sorted(found, key=lambda incident: incident.time)

@@ -175,3 +175,14 @@ def test_incidents_are_read_in_order(tmp_path):
     log.write(rank=1, per_gpu=128)
     log.write(rank=0, per_gpu=64)
     assert [(i.rank, i.per_gpu) for i in log.read()] == [(1, 128), (0, 64)]
+
+
+def test_an_incident_that_cannot_be_read_or_written_ends_no_run(tmp_path, caplog):
+    log = OutOfMemoryLog(tmp_path / "oom")
+    log.write(rank=1, per_gpu=128)
+    (tmp_path / "oom" / "rank0-1.json").write_text("")
+    assert [i.per_gpu for i in log.read()] == [128]
+    assert "rank0-1.json cannot be read" in caplog.text
+    (tmp_path / "file").write_text("")
+    OutOfMemoryLog(tmp_path / "file").write(rank=0, per_gpu=64)
+    assert "could not be written down" in caplog.text
