@@ -69,6 +69,7 @@ def make_parser(prog: str = "python -m locsgd_dist.train") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
+        allow_abbrev=False,  # in a file a key cut short is refused too
         description="Trains a network whose growing prefix of layers learns locally, the rest by SGD under DDP.",
         epilog=f"--config takes a file or one of the packaged configurations: {', '.join(packaged_configs())}.",
     )

@@ -68,8 +68,8 @@ class LocalizedConfig:
     def __post_init__(self) -> None:
         if not self.rule:
             raise ValueError("localized.rule must be the name of a rule, or none for plain SGD; got an empty one")
-        if not self.lr > 0:
-            raise ValueError(f"localized.lr must be > 0, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"localized.lr must be > 0 and finite, got {self.lr}")
         if not 0 < self.lr_decay <= 1:
             raise ValueError(f"localized.lr_decay must lie in (0, 1], got {self.lr_decay}")
         if self.lr_decay_epochs < 1:
@@ -82,8 +82,8 @@ class LocalizedConfig:
             raise ValueError("localized.alignment_every must be >= 1 for localized.weak_supervision=alignment, got 0")
         if not 0 < self.batch_fraction <= 1:
             raise ValueError(f"localized.batch_fraction must lie in (0, 1], got {self.batch_fraction}")
-        if self.refresh_every < 0:
-            raise ValueError(f"localized.refresh_every must be >= 0, got {self.refresh_every}")
+        if not 0 <= self.refresh_every <= 10**9:
+            raise ValueError(f"localized.refresh_every must lie in [0, 1000000000], got {self.refresh_every}")
         if not 0 < self.refresh_growth <= 1e6:
             raise ValueError(f"localized.refresh_growth must lie in (0, 1e6], got {self.refresh_growth}")
         if self.refresh_growth != 1 and not self.refresh_every:
