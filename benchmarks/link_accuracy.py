@@ -12,7 +12,6 @@ trainer.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -24,13 +23,15 @@ from rich.console import Console
 from rich.table import Table
 from shaped_link import run_ranks
 
+from locsgd_dist.recording import RunDirectory
+
 COMMON = [
     *("--config", "cifar10/resnet18", "--config", "cifar10/screen"),
     *("--data.train_samples=1000", "--train.device=cpu", "--train.evaluate_every=100", "--checkpoint.every_epochs=100"),
     *("--run.report_every=null", "--run.console=plain", "--run.resume=never"),
 ]
 SGD, FINETUNE = ("--config", "strategies/sgd"), ("--config", "localized/finetune")
-#: Images per rank and step, learning rate and epochs stand in the name.
+#: Unless the name says otherwise: 32 images per rank and step, 20 epochs, a learning rate of .05 (.1 at batch 64).
 VARIANTS: dict[str, list[str]] = {
     "sgd": [*SGD, "--batch.per_gpu=32"],
     "sgd, 15 epochs": [*SGD, "--batch.per_gpu=32", "--train.epochs=15"],
@@ -46,15 +47,14 @@ def train(variant: str, seed: int, options: argparse.Namespace, rest: list[str])
     with tempfile.TemporaryDirectory() as folder:
         flags = [*COMMON, "--train.epochs=20", *VARIANTS[variant], f"--train.seed={seed}", f"--run.dir={folder}/run"]
         run_ranks(["-m", "locsgd_dist.train", *flags, *rest], options.ranks, options.link_mbps)
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    epochs = [json.loads(line) for line in lines]
+        epochs = RunDirectory(Path(folder) / "run").load_metrics()
     return {
         "variant": variant,
         "seed": seed,
         "epochs": len(epochs),
         "boundary": epochs[-1]["boundary"],
         "top1": epochs[-1]["val_top1"],
-        # The first epoch also warms up caches and the measurement of memory.
+        # All epochs, the first with its cold caches and the measurement of memory too.
         "training_seconds": sum(epoch["seconds"] for epoch in epochs),
         "exchanged_bytes": sum(epoch["grad_all_reduce_bytes"] + epoch["replica_sync_bytes"] for epoch in epochs),
         "exchanges": sum(epoch["grad_all_reduce_count"] for epoch in epochs),
