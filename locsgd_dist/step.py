@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from locsgd_dist.data import Batch
 from locsgd_dist.distributed import Alignment, Refresh, RegionDDP, Replicas
@@ -230,24 +231,26 @@ class TrainStep:
         return self._alignment.mode() if is_measured else self._refresh.mode()
 
     def _forward_backward(self, batch: Batch, samples: int, tally: Tally) -> None:
-        # A rank without samples still joins every collective: one filler sample, in evaluation mode so that neither
-        # running statistics nor localized updates see it.
-        filler = nullcontext() if batch.local_size else evaluation_mode(self._region.module)
-        with self._autocast, filler:
-            logits = self._region(batch.images)
-            loss_sum = F.cross_entropy(
-                logits.float(), batch.targets, reduction="sum", label_smoothing=self._label_smoothing
-            )
-        self._replicas.start()
-        if batch.local_size:
-            tally.add(loss_sum, logits, batch.targets)
-        # DDP averages over ranks, whose shares of the last batch of an epoch differ: weigh each sample by 1/samples.
-        loss = loss_sum * (self._world_size / samples if batch.local_size else 0.0)
-        if (penalty := self._penalty()) is not None:
-            loss = loss + penalty * (batch.global_size / samples)
-        loss = self._guard.watch(loss)
-        if loss.requires_grad:
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        model = self._region.module
+        # Around the backward pass too, in which a region may be computed anew.
+        with single_values_passing(model) if batch.local_size == 1 else nullcontext():
+            # A rank without samples still joins every collective: one filler sample, in evaluation mode so that neither
+            # running statistics nor localized updates see it.
+            with self._autocast, nullcontext() if batch.local_size else evaluation_mode(model):
+                logits = self._region(batch.images)
+                loss_sum = F.cross_entropy(
+                    logits.float(), batch.targets, reduction="sum", label_smoothing=self._label_smoothing
+                )
+            self._replicas.start()
+            if batch.local_size:
+                tally.add(loss_sum, logits, batch.targets)
+            # DDP averages over ranks, whose shares of an epoch's last batch differ: weigh each sample by 1/samples.
+            loss = loss_sum * (self._world_size / samples if batch.local_size else 0.0)
+            if (penalty := self._penalty()) is not None:
+                loss = loss + penalty * (batch.global_size / samples)
+            loss = self._guard.watch(loss)
+            if loss.requires_grad:
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
 
 @dataclass(frozen=True)
@@ -291,6 +294,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def single_values_passing(model: nn.Module) -> Iterator[None]:
+    """Inside, a batch norm that is given one value per channel takes its running statistics: a single sample behind a
+    pooling layer has no batch statistics, and torch refuses it."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+
+    def hold(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        norm.training = inputs[0].numel() != inputs[0].shape[1]
+
+    handles = [norm.register_forward_pre_hook(hold) for norm in norms]
+    try:
+        yield
+    finally:
+        for norm, handle in zip(norms, handles, strict=True):
+            handle.remove()
+            norm.training = True
 
 
 def autocast(config: TrainConfig, device: torch.device) -> Any:
