@@ -62,6 +62,24 @@ def prefix_gradients() -> list[str]:
     return figures
 
 
+def after_the_drops() -> list[str]:
+    """Plain SGD under the paper's schedule: when it stands, where from then on, and what stopping would have saved."""
+    (run,) = variants("bench_paper_5000.json")["images-5000-sgd"]["runs"]
+    curve, at = run["curve"], 25.0
+    index = curve["epochs"].index(at)
+    later = [100 * top1 for top1 in curve["top1"][index:]]
+    left = curve["epochs"][-1] - at
+    saved = curve["flops"][-1] / curve["flops"][index]
+    return [
+        f"{later[0]:.1f}",
+        f"{min(later):.1f}",
+        f"{max(later):.1f}",
+        f"{later[-1]:.1f}",
+        f"{left:.0f}",
+        f"{saved:.1f}",
+    ]
+
+
 def ratio(summary: dict[str, Any]) -> list[str]:
     return [f"{summary[key]:.2f}" for key in ("median", "min", "max")]
 
@@ -228,6 +246,12 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
         r"have a cosine of (\S+) to (\S+), whatever .*? difference is (\S+) to (\S+) times .*? "
         r"share is (\S+) to (\S+) % .*? \(cosine (\S+) to (\S+)\)",
         prefix_gradients,
+    ),
+    (
+        "results.md",
+        r"stands at (\S+) % after 25 of the 90 epochs, then between (\S+) and (\S+) %, and ends at (\S+) %, .*? "
+        r"in those (\d+) epochs .*? saves (\S+) times",
+        after_the_drops,
     ),
     ("results.md", r"\(`localized.rule=none`\) \| (\d+) of (\d+) \| ([\d.]+) % \|", lambda: screen("none")),
     ("results.md", r"η = .01 \(`hebbian`\) \| (\d+) of (\d+) \| ([\d.]+) % \|", lambda: screen("hebbian")),
