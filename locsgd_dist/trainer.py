@@ -60,6 +60,11 @@ class Trainer:
         # Before the first use of CUDA, so that the context counts in the footprint.
         self.monitor = self._closing(FootprintMonitor(config.monitor, device))
         self.runtime = self._closing(Runtime(device, config.distributed))
+        # Before whatever may fail: a process that torchrun starts again takes the run that it finds for its own.
+        if config.run.resume == "never" and not was_restarted():
+            if self.runtime.is_main:
+                self.directory.move_aside()
+            self.runtime.barrier()
         self.data = self._closing(
             build_data(
                 config.data,
@@ -144,11 +149,7 @@ class Trainer:
         )
         if config.train.compile:
             self.model.compile()
-        # From here on the run directory is written to: whatever may refuse the configuration stands above.
-        if config.run.resume == "never" and not was_restarted():
-            if self.runtime.is_main:
-                self.directory.move_aside()
-            self.runtime.barrier()
+        # From here on the run directory is written to: what may refuse the configuration stands above.
         self.monitor.start_trace(self.directory.memory, self.runtime.rank)
         self.recorder = self._closing(
             Recorder.open(self.directory.path, config.run, rank=self.runtime.rank, config_yaml=config.to_yaml())

@@ -87,15 +87,15 @@ def test_what_only_the_built_network_can_tell_is_one_line_too(launch: Launch, tm
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_refused_start_leaves_an_earlier_run_as_it_is(resume: str, launch: Launch, tmp_path: Path):
+@pytest.mark.parametrize(("resume", "where"), [("auto", "r"), ("never", "r.old-1")])
+def test_a_refused_start_writes_nothing(resume: str, where: str, launch: Launch, tmp_path: Path):
     earlier = tmp_path / "r"
     earlier.mkdir()
     (earlier / "metrics.jsonl").write_text("")
     refused = (*TINY, "--selection.kind=fixed", "--selection.boundary=99", "--run.dir=r", f"--run.resume={resume}")
     assert launch(*refused, nproc=0).returncode == 2
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["r"]
-    assert [path.name for path in earlier.iterdir()] == ["metrics.jsonl"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith("r")] == [where]
+    assert [path.name for path in (tmp_path / where).iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("mode", ["all_reduce", "periodic"])
