@@ -124,6 +124,7 @@ STUDIES: dict[str, dict[str, str]] = {
         "T = 75 % from the start, every 4th step true, recomputing": "many-refresh4-recomputed",
         "frozen, T = 75 % from the start": "many-frozen-75",
     },
+    "bench_m_pairs.json": {"SGD, 16 epochs": "sgd-16", "preset `recommended`, 20 epochs": "recommended"},
     "bench_l_small.json": {
         "SGD, 90 epochs": "sgd",
         "SGD, 72 epochs": "sgd-72",
