@@ -7,7 +7,7 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-from locsgd_dist.checkpoint import CheckpointConfig, CheckpointStore, Position, Written, load_state, was_restarted
+from locsgd_dist.checkpoint import CheckpointConfig, CheckpointStore, Position, Written, load_state
 from locsgd_dist.distributed import DelayedMax, Runtime
 from locsgd_dist.faults import Preempted, StopSignals, clear_marker, write_marker
 from locsgd_dist.recording import Recorder, RunDirectory
@@ -15,6 +15,7 @@ from locsgd_dist.run_state import FORMAT, RunState
 
 # What a rank asks of all: to save, or, in numbers above it, to leave because of a signal.
 _NOTHING, _SAVE = 0, 1
+_PAUSE_SECONDS = 10.0
 
 
 class NotSavedError(Exception):
@@ -29,6 +30,8 @@ class Checkpointer:
 
     Args:
         signals: of this rank; ranks agree on what they ask for.
+        is_restart: torchrun has started the run again: it goes on from its newest checkpoint, whatever
+            ``run.resume`` said at its first start. The same on all ranks.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Checkpointer:
         directory: RunDirectory,
         recorder: Recorder,
         signals: StopSignals,
+        is_restart: bool,
     ):
         self.store = CheckpointStore(directory.checkpoints, config.keep)
         self._config = config
@@ -48,12 +52,14 @@ class Checkpointer:
         self._directory = directory
         self._recorder = recorder
         self._signals = signals
+        self._is_restart = is_restart
         self._agreed = DelayedMax(self._runtime)
         self._last_save = time.monotonic()
         self._has_asked = False
         self._owes_save = False
         self._saving = (0, 0)
-        self._last_error: str | None = None
+        self._is_best = False
+        self._lost: str | None = None
 
     def restore(self, resume: str) -> bool:
         """Goes on from the checkpoint that ``run.resume`` means, if there is one.
@@ -128,19 +134,24 @@ class Checkpointer:
         self._report(self.store.wait())
         progress = self._progress
         self._saving = (progress.epoch - (not progress.is_under_way), progress.samples_seen)
+        self._is_best = is_best
         self.store.start_saving(state, self._position(), is_best=is_best)
 
     def finish(self) -> None:
-        """Waits for the last checkpoint; call at the end of a run.
+        """Waits for the last checkpoint, and tries once more if it failed; call at the end of a run.
 
         Raises:
             NotSavedError: there is no such file, as on a full disk; the next start trains on from the one before.
         """
         self._agreed.finish()
         self._report(self.store.wait())
-        if self._runtime.share([self._last_error is not None])[0]:
+        if self._is_lost():
+            time.sleep(_PAUSE_SECONDS)
+            self.save(is_best=self._is_best)
+            self._report(self.store.wait())
+        if self._is_lost():
             raise NotSavedError(
-                f"the trained network could not be saved: {self._last_error}; started again, the run goes on from the "
+                f"the trained network could not be saved: {self._lost}; started again, the run goes on from the "
                 "checkpoint before"
             )
         if self._runtime.is_main:
@@ -149,10 +160,18 @@ class Checkpointer:
     def close(self) -> None:
         self.store.close()
 
+    def _is_lost(self) -> bool:
+        """Whether rank 0 could not write the last checkpoint: the same on all ranks."""
+        return bool(self._runtime.share([self._lost is not None])[0])
+
     def _has_best(self, resume: str) -> bool:
         """Whether there is a best checkpoint of the run that goes on. One of a part that was left is set aside at the
         start that leaves it; if that process is killed before it has saved another, the next finds none."""
-        return self.store.best.exists() if _means_newest(resume) else self.store.keep_best_of(self._progress.best_top1)
+        return (
+            self.store.best.exists()
+            if self._means_newest(resume)
+            else self.store.keep_best_of(self._progress.best_top1)
+        )
 
     def _position(self) -> Position:
         progress = self._progress
@@ -185,8 +204,8 @@ class Checkpointer:
             self._recorder.event("preempt", **where, signal=Signals(signal_number).name)
             write_marker(self._directory.preempted, **where, signal=Signals(signal_number).name)
         self._runtime.barrier()
-        if self._last_error is not None:
-            raise Preempted(f"not saved: {self._last_error}; the next start goes on from the checkpoint before")
+        if self._lost is not None:
+            raise Preempted(f"not saved: {self._lost}; the next start goes on from the checkpoint before")
         raise Preempted(
             f"saved at epoch {progress.epoch}, {progress.samples_seen} samples; the next start goes on there"
         )
@@ -194,17 +213,22 @@ class Checkpointer:
     def _report(self, written: Written | None) -> None:
         if written is None:
             return
-        self._last_error = written.error
+        self._lost = None if written.is_saved else written.error
         epoch, samples_seen = self._saving
         where = {"epoch": epoch, "samples_seen": samples_seen}
-        if written.error is None:
+        if written.is_saved:
             self._recorder.event("checkpoint", **where, path=written.path.name)
+            if written.error is not None:
+                message = (
+                    f"checkpoint {written.path.name} is written; best.pt or older ones are not as they should be: "
+                )
+                self._recorder.event("warning", **where, message=message + written.error)
         else:
             message = f"checkpoint {written.path.name} could not be written: {written.error}; those before are kept"
             self._recorder.event("warning", **where, message=message)
 
     def _find(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
-        if _means_newest(resume):
+        if self._means_newest(resume):
             # Ranks may see the folder at different moments; rank 0's view decides.
             newest = self.store.load_newest() if self._runtime.is_main else None
             is_unreadable = self._runtime.is_main and newest is None and bool(self.store.paths())
@@ -218,7 +242,5 @@ class Checkpointer:
                 return newest or (Path(name), load_state(Path(name), is_elsewhere=True))
         return None if resume in ("auto", "never") else (Path(resume), load_state(Path(resume)))
 
-
-def _means_newest(resume: str) -> bool:
-    """Whether the run goes on from its newest checkpoint, whatever ``run.resume`` said at its first start."""
-    return resume == "auto" or was_restarted()
+    def _means_newest(self, resume: str) -> bool:
+        return resume == "auto" or self._is_restart

@@ -60,8 +60,10 @@ class Trainer:
         # Before the first use of CUDA, so that the context counts in the footprint.
         self.monitor = self._closing(FootprintMonitor(config.monitor, device))
         self.runtime = self._closing(Runtime(device, config.distributed))
-        # Before whatever may fail: a process that torchrun starts again takes the run that it finds for its own.
-        if config.run.resume == "never" and not was_restarted():
+        # torchrun counts on each node for itself, and not every restart on all of them.
+        is_restart = bool(self.runtime.max([float(was_restarted())])[0])
+        # Before whatever may fail from here on: a process that is started again takes the run it finds for its own.
+        if config.run.resume == "never" and not is_restart:
             if self.runtime.is_main:
                 self.directory.move_aside()
             self.runtime.barrier()
@@ -149,7 +151,8 @@ class Trainer:
         )
         if config.train.compile:
             self.model.compile()
-        # From here on the run directory is written to: what may refuse the configuration stands above.
+        # From here on the run directory is written to: what may refuse the configuration, but for a checkpoint that
+        # does not fit it, stands above.
         self.monitor.start_trace(self.directory.memory, self.runtime.rank)
         self.recorder = self._closing(
             Recorder.open(self.directory.path, config.run, rank=self.runtime.rank, config_yaml=config.to_yaml())
@@ -199,6 +202,7 @@ class Trainer:
                 directory=self.directory,
                 recorder=self.recorder,
                 signals=signals,
+                is_restart=is_restart,
             )
         )
         # Weights are equal on all ranks; what is drawn while training (dropout) need not be.

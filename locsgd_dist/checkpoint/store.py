@@ -58,11 +58,12 @@ class Position:
 
 @dataclass(frozen=True)
 class Written:
-    """The outcome of a save: ``error`` says why there is no such file."""
+    """The outcome of a save: ``error`` says what went wrong; the file may stand all the same."""
 
     path: Path
     position: Position
     error: str | None = None
+    is_saved: bool = True
 
 
 class CheckpointStore:
@@ -94,20 +95,30 @@ class CheckpointStore:
         Raises:
             OSError: it could not be written; all earlier ones are still there.
         """
+        path = self._write(state, position)
+        self._tidy(path, is_best)
+        return path
+
+    def _write(self, state: dict[str, Any], position: Position) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_over in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             left_over.unlink(missing_ok=True)
         path = self.folder / position.file_name
         save_atomically(state, path)
+        return path
+
+    def _tidy(self, path: Path, is_best: bool) -> None:
         if is_best:
             # A hard link: the best checkpoint costs no second write and survives the removal of its epoch's name.
             temporary = self.best.with_suffix(".tmp")
             temporary.unlink(missing_ok=True)
-            os.link(path, temporary)
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without such links
+                shutil.copyfile(path, temporary)
             os.replace(temporary, self.best)
         for old in self.paths()[: -self._keep]:
             old.unlink()
-        return path
 
     def start_saving(self, state: dict[str, Any], position: Position, *, is_best: bool = False) -> None:
         """Saves in a thread; ``state`` must not change any more. Wait for an earlier save first."""
@@ -196,10 +207,14 @@ class CheckpointStore:
 
     def _outcome_of_saving(self, state: dict[str, Any], position: Position, is_best: bool) -> Written:
         path = self.folder / position.file_name
+        is_saved = False
         try:
-            return Written(self.save(state, position, is_best=is_best), position)
+            self._write(state, position)
+            is_saved = True
+            self._tidy(path, is_best)
         except OSError as error:  # a full disk: the run goes on, and what was saved before is kept
-            return Written(path, position, f"{error.strerror or error}")
+            return Written(path, position, f"{error.strerror or error}", is_saved)
+        return Written(path, position)
 
     def _is_inside(self, path: Path) -> bool:
         return path.resolve().parent == self.folder.resolve()

@@ -26,8 +26,7 @@ class StepGuard:
 
     ``bad`` is a scalar on the device that says the same on all ranks without a collective of its own, as long as a
     layer learns by SGD: a loss that is not finite makes its gradients so, and the reduced gradient of all ranks with
-    them. Nothing here waits for the
-    device but :meth:`check`, and that for the step before.
+    them. Nothing here waits for the device but :meth:`check`, and that for the step before.
 
     Args:
         device: of the network.

@@ -12,7 +12,8 @@ from test_mid_epoch_resume import FLAGS
 from locsgd_dist import train
 from locsgd_dist.recording import RunDirectory
 
-POISONED = 17
+#: In the second half of its rank's batch in both epochs, first of rank 0's, then of rank 1's.
+POISONED = 9
 
 
 @pytest.mark.parametrize(

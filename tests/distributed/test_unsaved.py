@@ -13,9 +13,11 @@ from interrupted_runs import numbers, run, train
 from rank_pool import free_ports, world_of_its_own
 from test_mid_epoch_resume import FLAGS
 
+from locsgd_dist import saving
 from locsgd_dist import train as command
 from locsgd_dist.checkpoint import file, store
 from locsgd_dist.faults import Preempted
+from locsgd_dist.recording import RunDirectory
 from locsgd_dist.saving import NotSavedError
 
 
@@ -27,7 +29,11 @@ def told_on_a_full_disk(ports: list[int], flags: list[str], last: str, options: 
             raise OSError(errno.ENOSPC, "No space left on device")
         file.save_atomically(state, path)
 
-    with world_of_its_own(ports), mock.patch.object(store, "save_atomically", save):
+    with (
+        world_of_its_own(ports),
+        mock.patch.object(store, "save_atomically", save),
+        mock.patch.object(saving, "_PAUSE_SECONDS", 0.0),
+    ):
         try:
             return train(flags, **options).end
         except NotSavedError as error:
@@ -49,10 +55,40 @@ def test_the_last_checkpoint_missing_is_one_line_and_an_exit_code(
 ) -> None:
     refused = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(store, "save_atomically", refused)
+    monkeypatch.setattr(saving, "_PAUSE_SECONDS", 0.0)
     assert command.main(["--config", "quickstart", *FLAGS, "--train.epochs=1", f"--run.dir={tmp_path}"]) == 1
     assert [
         line.split(";")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("locsgd: error")
     ] == ["locsgd: error: the trained network could not be saved: No space left on device"]
+
+
+@pytest.mark.parametrize("fault", ["once", "no links", "nor copies"])
+def test_what_does_not_cost_the_last_checkpoint_does_not_fail_the_run(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = OSError(errno.EPERM, "Operation not permitted")
+    if fault == "once":
+        failures = [refused]
+
+        def save(state: Any, path: Path) -> None:
+            if failures:
+                raise failures.pop()
+            file.save_atomically(state, path)
+
+        monkeypatch.setattr(store, "save_atomically", save)
+        monkeypatch.setattr(saving, "_PAUSE_SECONDS", 0.0)
+    else:
+        monkeypatch.setattr("os.link", mock.Mock(side_effect=refused))
+    if fault == "nor copies":
+        monkeypatch.setattr("shutil.copyfile", mock.Mock(side_effect=refused))
+    assert train([*FLAGS, "--train.epochs=1", f"--run.dir={tmp_path}"]).end == "finished"
+    (last,) = (tmp_path / "checkpoints").glob("epoch-0001.pt")
+    best = tmp_path / "checkpoints" / "best.pt"
+    assert best.exists() == (fault != "nor copies")
+    if best.exists():
+        assert best.read_bytes() == last.read_bytes()
+    warnings = [event for event in RunDirectory(tmp_path).load_events() if event["type"] == "warning"]
+    assert ["Operation not permitted" in event["message"] for event in warnings] == [True] * (fault != "no links")
 
 
 def test_a_run_that_leaves_unsaved_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,9 @@ def test_what_only_the_built_network_can_tell_is_one_line_too(launch: Launch, tm
 
 
 @pytest.mark.parametrize(("resume", "where"), [("auto", "r"), ("never", "r.old-1")])
-def test_a_refused_start_writes_nothing(resume: str, where: str, launch: Launch, tmp_path: Path):
+def test_a_refused_start_leaves_an_earlier_run_whole_where_it_was_asked_to_be(
+    resume: str, where: str, launch: Launch, tmp_path: Path
+):
     earlier = tmp_path / "r"
     earlier.mkdir()
     (earlier / "metrics.jsonl").write_text("")
