@@ -286,8 +286,8 @@ def test_a_step_on_fake_tensors_waits_for_no_number() -> None:
     ("options", "message"),
     [
         ({"rule": ""}, "localized.rule must be"),
-        ({"lr": 0.0}, "localized.lr must be > 0, got 0.0"),
-        ({"lr": float("nan")}, "localized.lr must be > 0, got nan"),
+        ({"lr": 0.0}, "localized.lr must be > 0 and finite, got 0.0"),
+        ({"lr": float("nan")}, "localized.lr must be > 0 and finite, got nan"),
         ({"lr_decay": 1.5}, "localized.lr_decay must lie in (0, 1], got 1.5"),
         ({"lr_decay": 0.0}, "localized.lr_decay must lie in (0, 1], got 0.0"),
         ({"lr_decay_epochs": 0}, "localized.lr_decay_epochs must be >= 1, got 0"),
