@@ -55,12 +55,13 @@ def test_a_measured_step_changes_no_bit_and_counts_buckets(two_ranks: Any, optio
     for (plain_weights, _), (measured_weights, _) in zip(plain, measured, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(plain_weights, measured_weights, strict=True))
     (_, footprints), (_, of_rank_1) = measured
-    if "static_graph" in options:
-        # In its third step DDP settles its buckets and broadcasts the sizes of both, int32: a thread of gloo's may
-        # still hold them when the step is at its peak.
-        for of_rank in (footprints, of_rank_1):
-            assert of_rank[2] - of_rank[3] in (0, 2 * 4)
-            of_rank[2] = of_rank[3]
+    # In its second step, with a static graph its third, DDP settles its buckets: it broadcasts the parameters they hold
+    # and how many they are, then the size of each, all int32. A thread of gloo's may still hold either at the peak.
+    indices, sizes = (2 * (len(SIZES) - 1) + 1) * 4, 2 * 4
+    settling = 2 if "static_graph" in options else 1
+    for of_rank in (footprints, of_rank_1):
+        assert of_rank[settling] - of_rank[3] in (0, sizes, indices, indices + sizes)
+        of_rank[settling] = of_rank[3]
     assert footprints == of_rank_1
     # Weights, momentum and buckets throughout, gradients too unless they are views into the buckets: then one layer's
     # at a time, before it is copied there. The rest are activations and their gradients: less than twice all of them.
