@@ -36,7 +36,7 @@ from locsgd_dist.optimization import RegionOptimizer, averaged_model, lr_at
 from locsgd_dist.progress import Progress
 from locsgd_dist.recording import Recorder, RunDirectory
 from locsgd_dist.run_state import RunState, seed_everything
-from locsgd_dist.saving import Checkpointer
+from locsgd_dist.saving import Checkpointer, NotSavedError
 from locsgd_dist.step import TrainStep
 from locsgd_dist.transitions import Transitions
 from locsgd_dist.validation import Validation
@@ -223,7 +223,7 @@ class Trainer:
             Preempted: the run was asked to leave and has saved itself, if it could.
             NotSavedError: the last checkpoint could not be written.
             TooManyBadStepsError: one step after the other was not finite.
-            CollapsedError: the network has collapsed, and the run is to stop then; it has saved itself.
+            CollapsedError: the network has collapsed, and the run is to stop then; it has saved itself, if it could.
             StepOutOfMemoryError: a step did not fit; the next start goes on with a batch that does.
         """
         metrics: dict[str, Any] = {}
@@ -231,7 +231,12 @@ class Trainer:
         with naming_silent_ranks(self.runtime):
             while self.progress.epoch < self.config.train.epochs and not collapse.ends_run:
                 metrics = self._run_epoch()
-            self.checkpoints.finish()
+            try:
+                self.checkpoints.finish()
+            except NotSavedError as error:
+                if collapse.ends_run:
+                    raise CollapsedError(f"the network has collapsed ({collapse.verdict}), and {error}") from error
+                raise
             if collapse.ends_run:
                 # A rank that fails has the others killed: none may be writing.
                 self.runtime.barrier()

@@ -63,7 +63,7 @@ class LocalizedConfig:
     """Factor on the localized region's gradients in a refresh step; > 0."""
     refresh_carry: bool = False
     """Between refresh steps the momentum of the localized region moves its weights on, and decays, as in steps of
-    gradient 0; needs optim.name=sgd with momentum and refresh_every >= 2."""
+    gradient 0; needs optim.name=sgd with momentum and an interval >= 2 in the first or the last epoch."""
 
     def __post_init__(self) -> None:
         if not self.rule:
@@ -94,10 +94,11 @@ class LocalizedConfig:
             raise ValueError(f"localized.refresh_fraction must lie in (0, 1], got {self.refresh_fraction}")
         if not 0 < self.refresh_gain < math.inf:
             raise ValueError(f"localized.refresh_gain must be > 0, got {self.refresh_gain}")
-        if self.refresh_carry and self.refresh_every < 2:
+        if self.refresh_carry and max(self.refresh_interval(0, 2), self.refresh_interval(1, 2)) < 2:
             raise ValueError(
-                f"localized.refresh_every must be >= 2 for localized.refresh_carry=true, got {self.refresh_every}: "
-                "momentum is carried on between refresh steps"
+                "localized.refresh_every must be >= 2, in the first or, by localized.refresh_growth, in the last "
+                f"epoch, for localized.refresh_carry=true, got {self.refresh_every}: momentum is carried on between "
+                "refresh steps"
             )
 
     def make_rule(self, seed: int = 0) -> LocalizedRule:

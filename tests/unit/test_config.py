@@ -96,6 +96,13 @@ def test_bad_input_is_one_line_that_names_the_key(arguments: str, named: str, tm
     assert "<class" not in str(caught.value)
 
 
+def test_momentum_may_be_carried_on_once_the_interval_has_grown():
+    flags = ["--localized.refresh_carry=true", "--localized.refresh_every=1", "--optim.name=sgd"]
+    parse_config([*flags, "--localized.refresh_growth=2"])
+    with pytest.raises(ConfigError, match=r"^localized\.refresh_every must be >= 2"):
+        parse_config([*flags, "--localized.refresh_growth=1.4"])
+
+
 def test_unknown_key_in_a_file_is_named(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("optim:\n  lr: 0.1\n  momentun: 0.5\n")
