@@ -132,6 +132,18 @@ STUDIES: dict[str, dict[str, str]] = {
         "every 4th step true, × 2": "refresh4-gain2",
         "every 4th step true, × 2, T = 75 % from 50 % of the run on": "refresh4-gain2-early",
     },
+    "bench_l_step.json": {
+        "SGD, 90 epochs": "step-sgd",
+        "SGD, 72 epochs (÷10 every 8)": "step-sgd-72",
+        "preset `paper`": "step-paper",
+        "preset `recommended`": "step-recommended",
+        "T = 75 % at rest from epoch 20 on": "step-rest-from-20",
+    },
+    "bench_l_cosine.json": {
+        "SGD, 90 epochs": "cosine-sgd",
+        "SGD, 72 epochs": "cosine-sgd-72",
+        "preset `recommended`": "cosine-recommended",
+    },
     "bench_s.json": {
         "SGD everywhere, 24 epochs": "sgd",
         "nothing (`frozen`)": "frozen",

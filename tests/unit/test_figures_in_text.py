@@ -115,7 +115,6 @@ def changed_about() -> list[str]:
     ]
 
 
-#: Page, what stands there (white space aside), and the groups that the results give.
 def fewer_operations_than_20_epochs(name: str, variant: str) -> str:
     """How many times fewer a run on all of CIFAR-10 needs than 20 epochs of plain SGD."""
     plain = variants("bench_m.json")["sgd"]["figures"]["flops"]["mean"]
@@ -141,6 +140,42 @@ def on_all_of_cifar10() -> list[str]:
     return [f"{top1:.1f}", fewer_operations_than_20_epochs("bench_m_17.json", "sgd-17")]
 
 
+def to_saturation() -> list[str]:
+    """On 90 epochs of a cosine: points lost and operations saved, by the preset and by fewer epochs."""
+    found = variants("bench_l_cosine.json")
+    return [figure for name in ("cosine-recommended", "cosine-sgd-72") for figure in lost_and_saved(found[name])]
+
+
+def on_the_printed_schedule() -> list[str]:
+    """Layers at rest, the preset, and plain SGD itself after 25 epochs."""
+    found = variants("bench_l_step.json")
+    curve = found["step-sgd"]["runs"][0]["curve"]
+    after_25 = curve["epochs"].index(25)
+    points_lost, saved = lost_and_saved(found["step-rest-from-20"])
+    return [
+        points_lost,
+        saved,
+        lost_and_saved(found["step-recommended"])[1],
+        f"{100 * curve['top1'][after_25]:.1f}",
+        f"{curve['samples'][-1] / curve['samples'][after_25]:.1f}",
+        f"{100 * curve['top1'][-1]:.1f}",
+    ]
+
+
+def lost_and_saved(variant: dict[str, Any]) -> tuple[str, str]:
+    figures = variant["figures"]
+    lost = f"{100 * figures['error_increase']['mean']:.1f}".removeprefix("0")
+    return lost, f"{figures['flops_ratio']['mean']:.2f}"
+
+
+def gained_by_a_cosine() -> list[str]:
+    step, cosine = (
+        variants(f"bench_l_{name}.json")[f"{name}-sgd"]["figures"]["final_error"]["mean"] for name in ("step", "cosine")
+    )
+    return [f"{100 * (step - cosine):.1f}"]
+
+
+#: Page, what stands there (white space aside), and the groups that the results give.
 IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
     (
         "reliability.md",
@@ -242,6 +277,20 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
         r"SGD of 17 epochs, .*? ends at ([\d.]+) % for ([\d.]+) times fewer",
         on_all_of_cifar10,
     ),
+    (
+        "results.md",
+        r"on a cosine ([\d.]+) points below plain SGD for ([\d.]+) times fewer operations, where 72 epochs of "
+        r"plain SGD lose ([\d.]+) for ([\d.]+) times",
+        to_saturation,
+    ),
+    (
+        "results.md",
+        r"from epoch 20 on end ([\d.]+) points below plain SGD for ([\d.]+) times fewer operations, the preset as "
+        r"close for ([\d.]+) times.*? stands at ([\d.]+) % after 25 of the 90 epochs, for ([\d.]+) times fewer "
+        r"operations, and at ([\d.]+) % at the end",
+        on_the_printed_schedule,
+    ),
+    ("results.md", r"a cosine of as many epochs gains ([\d.]+) points", gained_by_a_cosine),
     (
         "results.md",
         r"to a tenth of a point\*\*: ([\d.]+) against ([\d.]+) %, seed by seed ([\d.]+ ± [\d.]+) points below, for "
