@@ -11,6 +11,7 @@ from pathlib import Path
 
 from locsgd_dist.config import check_config, config_error_exit, parse_config
 from locsgd_dist.launching.environment import launch_environment
+from locsgd_dist.options import OneLineParser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="locsgd", description=__doc__)
+    parser = OneLineParser(prog="locsgd", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
         "train", help="start a run: locsgd train [--nproc N|gpu|auto] [--config FILE] [--section.key=value ...]"
@@ -66,6 +67,9 @@ def _run(arguments: Sequence[str]) -> int:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     export.add_argument("--output", type=Path, required=True, metavar="FILE")
     export.add_argument("--format", choices=["state_dict", "torch_export", "onnx"], default="state_dict")
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
     options = parser.parse_args(arguments)
     match options.command:
         case "evaluate":
@@ -78,7 +82,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """Checks the configuration, then becomes torchrun with one rank per process asked for."""
-    parser = argparse.ArgumentParser(prog="locsgd train", add_help=False, allow_abbrev=False)
+    parser = OneLineParser(prog="locsgd train", add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc", default="auto")
     parser.add_argument("--max-restarts", type=int, default=3)
     options, trainer_arguments = parser.parse_known_args(arguments)

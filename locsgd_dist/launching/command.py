@@ -8,11 +8,11 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from locsgd_dist.config import Config, check_config, parse_config
 from locsgd_dist.launching import kubeflow, slurm
 from locsgd_dist.launching.job import TEMPLATES, Job, SubmissionError, job_name
+from locsgd_dist.options import OneLineParser
 
 _WHERE = ("local", "slurm", "kubeflow")
 
@@ -56,7 +56,10 @@ def _local(options: argparse.Namespace, config: Config, trainer_arguments: list[
     from locsgd_dist.cli import launch_environment, num_processes
 
     check_config(config)
-    torchrun = [f"--nproc-per-node={num_processes(str(ranks), config.train.device)}"]
+    device = config.train.device if options.gpus_per_node else "cpu"
+    if device != config.train.device:
+        trainer_arguments = [*trainer_arguments, f"--train.device={device}"]
+    torchrun = [f"--nproc-per-node={num_processes(str(ranks), device)}"]
     torchrun.append(f"--max-restarts={options.max_restarts}")
     if options.nodes > 1:
         if not options.rdzv_endpoint:
@@ -131,15 +134,8 @@ def _say(message: str) -> None:
     print(f"locsgd: {message}", file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are one line that names the option, like those of the configuration."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
-
-
 def _parser(where: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog=f"locsgd launch {where}",
         add_help=False,
         allow_abbrev=False,

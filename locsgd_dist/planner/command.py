@@ -8,10 +8,10 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from locsgd_dist.config import Config, parse_config
 from locsgd_dist.memory.batch_policy import parse_bytes
+from locsgd_dist.options import OneLineParser
 from locsgd_dist.planner.costs import Machine
 from locsgd_dist.planner.inputs import planned_data
 
@@ -76,13 +76,6 @@ def plan(arguments: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are one line that names the option, like those of the configuration."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
-
-
 def check_plannable(config: Config) -> None:
     """Checks that the run's network is the same in every step.
 
@@ -121,7 +114,7 @@ def check_plannable(config: Config) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="locsgd plan",
         add_help=False,
         allow_abbrev=False,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from locsgd_dist.cli import num_processes
+from locsgd_dist.options import OneLineParser
 from locsgd_dist.sweeping.execution import Progress, run_here
 from locsgd_dist.sweeping.expansion import Plan, check_machine, plan_sweep
 from locsgd_dist.sweeping.launching import train_command
@@ -63,8 +63,8 @@ def sweep(arguments: Sequence[str]) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
         prog="locsgd sweep",
         description="Carries out the runs that a sweep file describes, skips those that are done, and compares them.",
         epilog="--section.key=value arguments go to all runs: locsgd sweep FILE --data.root=DIR",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -256,6 +257,19 @@ def test_a_dry_run_shows_all_and_does_nothing(
     assert "runs/r" in out
     assert err == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("gpus", "devices"), [(0, ["auto", "cpu"]), (2, ["auto"])])
+def test_without_gpus_a_machine_trains_on_the_cpu_whatever_it_has(
+    gpus: int, devices: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    flags = [f"--gpus-per-node={gpus}", "--ranks-per-node=2", "--train.device=auto", "--dry-run"]
+    assert main(["launch", "local", *flags]) == 0
+    command = shlex.split(capsys.readouterr().out)
+    assert [word.removeprefix("--train.device=") for word in command if "--train.device" in word] == devices
+    assert "--nproc-per-node=2" in command
 
 
 def test_without_sbatch_the_batch_file_is_left_ready(

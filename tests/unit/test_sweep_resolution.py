@@ -108,6 +108,9 @@ def test_where_and_how_a_run_is_carried_out_may_differ(tmp_path: Path):
     finish(p, "sgd", 1.0)
     other = plan(tmp_path, "--run.console=quiet", "--data.workers=1", "--train.device=auto", "--checkpoint.keep=5")
     check_existing(other, other.runs)
+    rounded = plan(tmp_path, "--distributed.gradient_compression=bf16")
+    with pytest.raises(ValueError, match=r"distributed\.gradient_compression"):
+        check_existing(rounded, rounded.runs)
 
 
 def test_keys_that_a_run_was_started_without_count_as_their_defaults(tmp_path: Path):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from locsgd_dist.options import OneLineParser
 from locsgd_dist.reporting.comparison.paper import NUM_TABLES
 
 DEFAULT_OUTPUT = Path("compare")
@@ -40,8 +40,8 @@ def default_output(paths: Sequence[Path]) -> Path:
     return DEFAULT_OUTPUT
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
         prog="locsgd compare",
         description="Compares finished runs with each other and with the paper's tables: compare.html, compare.md, "
         "compare.json. docs/compare.md says what each figure means.",
