@@ -102,10 +102,6 @@ STUDIES: dict[str, dict[str, str]] = {
         "`softhebb`": "softhebb",
         "`winner`": "winner",
     },
-    "bench_m.json": {
-        "SGD, 20 epochs": "sgd",
-        "preset `recommended`": "recommended",
-    },
     "bench_footprint.json": {
         "SGD, batch 64": "few-sgd",
         "SGD, batch 32": "sgd-batch32",
@@ -124,7 +120,11 @@ STUDIES: dict[str, dict[str, str]] = {
         "T = 75 % from the start, every 4th step true, recomputing": "many-refresh4-recomputed",
         "frozen, T = 75 % from the start": "many-frozen-75",
     },
-    "bench_m_pairs.json": {"SGD, 16 epochs": "sgd-16", "preset `recommended`, 20 epochs": "recommended"},
+    "bench_m_pairs.json": {
+        "SGD, 20 epochs": "sgd",
+        "SGD, 16 epochs": "sgd-16",
+        "preset `recommended`, 20 epochs": "recommended",
+    },
     "bench_l_small.json": {
         "SGD, 90 epochs": "sgd",
         "SGD, 72 epochs": "sgd-72",
