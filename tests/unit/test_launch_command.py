@@ -261,8 +261,13 @@ def test_a_dry_run_shows_all_and_does_nothing(
 
 @pytest.mark.parametrize(("gpus", "devices"), [(0, ["auto", "cpu"]), (2, ["auto"])])
 def test_without_gpus_a_machine_trains_on_the_cpu_whatever_it_has(
-    gpus: int, devices: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gpus: int,
+    devices: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     flags = [f"--gpus-per-node={gpus}", "--ranks-per-node=2", "--train.device=auto", "--dry-run"]
