@@ -157,8 +157,9 @@ class BatchController:
             "world_size": self._runtime.world_size,
         }
 
-    def load_state_dict(self, state: dict[str, Any], *, samples_seen: int) -> None:
-        """Restores; where the number of ranks has changed, batch and learning rates follow (``elastic.keep``)."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores, once the stream stands where the run does; where the number of ranks has changed, batch and rates
+        follow (``elastic.keep``)."""
         self._policy.load_state_dict(state["policy"])
         self.lr_scale.load_state_dict(state["lr_scale"])
         self.local_lr_scale.load_state_dict(state["local_lr_scale"])
@@ -169,7 +170,7 @@ class BatchController:
             if self._config.elastic.keep == "global":
                 self._policy.keep_global_batch(before, now)
                 self._data.train.set_per_gpu_batch(self._policy.per_gpu)
-            self._scale_learning_rates(samples_seen)
+            self._scale_learning_rates()
 
     def _trial(self, per_gpu: int, epoch: int, samples_seen: int) -> int | None:
         """Footprint of a step at this batch, the most of all ranks; None where one of them ran out of memory."""
@@ -196,14 +197,14 @@ class BatchController:
         if per_gpu == before:
             return
         self._data.train.set_per_gpu_batch(per_gpu)
-        self._scale_learning_rates(samples_seen)
+        self._scale_learning_rates()
         self._recorder.event("batch", epoch=epoch, samples_seen=samples_seen, per_gpu_from=before, per_gpu_to=per_gpu)
 
-    def _scale_learning_rates(self, samples_seen: int) -> None:
+    def _scale_learning_rates(self) -> None:
         """From here on they follow the global batch, relative to that of the run's start."""
         growth = self._policy.per_gpu * self._runtime.world_size / self._configured
         for scale in (self.lr_scale, self.local_lr_scale):
-            scale.set_growth(growth, samples_seen / self._data.num_train)
+            scale.set_growth(growth, self._data.train.epochs_done)
 
     def _record_oom(self, epoch: int, samples_seen: int, per_gpu: int, where: str, **fields: Any) -> None:
         self._recorder.event("oom", epoch=epoch, samples_seen=samples_seen, per_gpu=per_gpu, where=where, **fields)

@@ -124,7 +124,9 @@ class RunState:
             self.trace.load_state_dict(state["trace"])
             footprints = [other["monitor"] for other in ranks]
             self.monitor.load_state_dict(footprints[rank] if mine else max(footprints, key=lambda f: f["bytes"]))
-        self.batching.load_state_dict(state["batching"], samples_seen=self.progress.samples_seen)
+        else:
+            self.stream.set_epoch(self.progress.epoch)
+        self.batching.load_state_dict(state["batching"])
         if mine is None:
             # Streams that no rank has drawn from before.
             seed_everything(hash64(self.seed, self.progress.samples_seen, rank))

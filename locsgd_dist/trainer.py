@@ -283,8 +283,7 @@ class Trainer:
             progress.begin_epoch()
         self.refresh.interval = self.config.localized.refresh_interval(progress.epoch, self.config.train.epochs)
         self.learner.train()
-        for batches in self._steps():
-            done = progress.samples_seen / self.data.num_train
+        for done, batches in self._steps():
             self._set_learning_rates(done)
             with self.baseline.step(progress.samples_seen, progress.tally), self._measured():
                 self.step(batches, progress.tally)
@@ -328,18 +327,19 @@ class Trainer:
             where = {"epoch": self.progress.epoch, "samples_seen": self.progress.samples_seen}
             self.recorder.event("bad_step", **where, skipped_steps=count, message="loss or gradient not finite")
 
-    def _steps(self) -> Iterator[list[Batch]]:
-        """Micro-batches, as many at a time as make a step."""
+    def _steps(self) -> Iterator[tuple[float, list[Batch]]]:
+        """Epochs done before a step, and its micro-batches."""
         stream = iter(self.data.train)
-        while batches := list(itertools.islice(stream, self.config.train.gradient_accumulation)):
-            yield batches
+        while len(self.data.train):
+            done = self.data.train.epochs_done
+            yield done, list(itertools.islice(stream, self.config.train.gradient_accumulation))
 
     def _show_progress(self) -> None:
         if not self.recorder.step_due:
             return
         progress = self.progress
         loss, _, samples = progress.tally.sums()
-        done = progress.samples_seen / self.data.num_train - progress.epoch
+        done = self.data.train.epochs_done - progress.epoch
         self.recorder.step(
             epoch=progress.epoch,
             fraction=done,

@@ -88,6 +88,12 @@ class TrainStream:
         return self._sampler.cursor
 
     @property
+    def epochs_done(self) -> float:
+        """Epochs handed out so far, the present one as a fraction: what schedules follow, whatever the set's size
+        was in earlier epochs."""
+        return self._sampler.epoch + self._sampler.cursor / self._sampler.num_samples
+
+    @property
     def per_gpu_batch(self) -> int:
         """Samples per rank and step from the next batch on."""
         return self._sampler.per_gpu

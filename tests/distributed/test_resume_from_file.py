@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,6 +122,19 @@ def test_a_run_that_goes_back_to_an_earlier_checkpoint_forgets_the_later_ones(wh
     assert [resume["samples_seen"] for resume in resumes(run_dir)] == [SAMPLES, SAMPLES + 32]
     assert_same_end(whole.outcome, resumed)
     assert numbers(run_dir) == numbers(whole.run_dir)
+
+
+@pytest.mark.parametrize("samples", [20, 60])
+def test_rates_follow_the_epochs_whatever_the_size_of_the_set_was_before(samples: int, tmp_path: Path) -> None:
+    digits = ["--data.name=digits", "--data.kwargs={}", "--data.image_size=16", "--optim.schedule=cosine"]
+    flags = [*SHORT, *digits, "--optim.lr=0.02", "--batch.per_gpu=8"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(None, [*flags, "--data.train_samples=40", "--checkpoint.keep=9", f"--run.dir={first}"])
+    path = first / "checkpoints" / "epoch-0001.pt"
+    (branched,) = run(None, [*flags, f"--data.train_samples={samples}", f"--run.resume={path}", f"--run.dir={second}"])
+    done = [1 + epoch + begin / samples for epoch in range(2) for begin in range(0, samples, 8)]
+    expected = [0.02 * 0.5 * (1 + math.cos(math.pi * epochs / 3)) for epochs in done]
+    assert [step.lr for step in branched.steps] == pytest.approx(expected)
 
 
 def test_a_checkpoint_of_another_network_is_refused_in_one_line(
