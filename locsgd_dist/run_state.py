@@ -140,13 +140,13 @@ class RunState:
             "monitor": self.monitor.state_dict() if under_way else None,
             "random": _random_state(self.runtime.device),
             "deltas": self.learner.deltas,
-            # At an epoch's edge all networks are equal.
+            # At an epoch's edge all networks are equal; their moving averages only where they were evaluated.
             "model": self._drifting(self.model) if under_way else {},
-            "ema": self._drifting(self.ema.module, "module.") if under_way and self.ema is not None else {},
+            "ema": {} if self.ema is None else self._drifting(self.ema.module, "module."),
         }
 
     def _drifting(self, model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-        """What of a network's state differs between ranks in the middle of an epoch."""
+        """What of a network's state may differ between ranks in the middle of an epoch."""
         if self.runtime.world_size == 1:
             return {}
         names = {*self.replicas.drifting(), *(name for name, _ in model.named_buffers())}

@@ -137,6 +137,28 @@ def test_rates_follow_the_epochs_whatever_the_size_of_the_set_was_before(samples
     assert [step.lr for step in branched.steps] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("mode", ["sharded", "periodic"])
+def test_an_epoch_without_evaluation_loses_nothing_of_the_moving_average(
+    mode: str, two_ranks: Any, tmp_path: Path
+) -> None:
+    """Each rank's own until an evaluation pools it: the ranks' batch-norm statistics, and weights that drift."""
+    flags = [
+        *SHORT,
+        "--optim.ema_decay=0.9",
+        "--train.evaluate_every=2",
+        f"--replicas.mode={mode}",
+        "--localized.lr=0.1",
+    ]
+    flags += ["--selection.kind=fixed", "--selection.boundary=2", "--batch.per_gpu=4", "--replicas.every=3"]
+    whole = run(two_ranks, [*flags, "--checkpoint.keep=9", f"--run.dir={tmp_path / 'whole'}"])
+    path = tmp_path / "whole" / "checkpoints" / "epoch-0001.pt"
+    assert numbers(tmp_path / "whole")[0]["val_top1"] is None
+    branched = run(two_ranks, [*flags, f"--run.resume={path}", f"--run.dir={tmp_path / 'branch'}"])
+    for a, b in zip(whole, branched, strict=True):
+        assert len(a.states) == 2
+        assert_same_end(a, b)
+
+
 def test_a_checkpoint_of_another_network_is_refused_in_one_line(
     whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
