@@ -212,6 +212,13 @@ class RegionOptimizer:
                 self.optimizer.step()
                 self._carry_on()
         else:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            if not gradients:
+                return  # where the whole network is localized, a step between refresh steps: the scaler refuses it
+            if unless is not None:
+                # The scaler leaves out a step in which one gradient is not finite; it need not be one of those that
+                # told: a loss may have none.
+                min(gradients, key=Tensor.numel).mul_(torch.where(unless, torch.nan, 1.0))
             scaler.step(self.optimizer)
             scaler.update()
 

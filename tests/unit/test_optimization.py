@@ -175,3 +175,36 @@ def test_averaged_model_follows_the_closed_form():
         model.weight.fill_(3.0)
     ema.update_parameters(model)
     assert ema.module.weight.item() == pytest.approx(0.9 * 1.0 + 0.1 * 3.0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("with_verdict", [False, True])
+def test_half_precision_passes_over_steps_without_gradients_and_bad_ones(fused: bool, with_verdict: bool):
+    """Where the whole network is localized only refresh steps have gradients, and only they may move anything."""
+    torch.manual_seed(0)
+    model, plain = nn.Linear(3, 2), nn.Linear(3, 2)
+    plain.load_state_dict(model.state_dict())
+    ours = RegionOptimizer(model, OptimConfig(lr=0.1), keeps_released=True, fused=fused)
+    ours.release(list(model.parameters()))
+    oracle = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=4.0) for _ in range(2)]
+    for is_refresh, is_bad in [(False, False), (True, False), (True, True), (False, False), (True, False)]:
+        inputs = torch.randn(4, 3)
+        unless = torch.tensor(is_bad) if with_verdict else None
+        if is_refresh:
+            scalers[0].scale(model(inputs).square().sum()).backward()
+            if is_bad and not with_verdict:
+                model.bias.grad[0] = torch.nan
+        before = [p.detach().clone() for p in model.parameters()]
+        ours.step(scalers[0], unless=unless)
+        ours.zero_grad()
+        if is_refresh and not is_bad:
+            scalers[1].scale(plain(inputs).square().sum()).backward()
+            scalers[1].step(oracle)
+            scalers[1].update()
+            oracle.zero_grad()
+        else:
+            assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+        for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(parameter, expected)
+            assert parameter.isfinite().all()
