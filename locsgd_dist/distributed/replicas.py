@@ -106,8 +106,13 @@ class Replicas:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave, on any number of ranks; the learner holds all ranks' updates."""
         if pending := state.get("pending_steps", 0):
-            # Of a run on many ranks, which goes on alone: the window that they had begun ends here.
-            self.learner.apply(pending)
+            # Of a run on many ranks, which goes on without exchanges: the window that they had begun ends here.
+            self.learner.apply(pending, unless=self._verdict(state))
+
+    def _verdict(self, state: dict[str, Any]) -> Tensor | None:
+        """Whether a window that was open held a step that was not finite; None where none did."""
+        device = self.learner.layers[0].weight.device
+        return torch.tensor(True, device=device) if state.get("window_is_bad", False) else None
 
 
 class _ExchangedReplicas(Replicas):
@@ -147,7 +152,8 @@ class _ExchangedReplicas(Replicas):
             self._region_end = layers[-1].module.register_forward_hook(lambda *_: self.start())
 
     def arm(self) -> None:
-        self._armed = self._pending_steps + 1 == self._every
+        # A window may have been begun under a larger number.
+        self._armed = self._pending_steps + 1 >= self._every
 
     def start(self) -> None:
         if self._armed:
@@ -158,7 +164,7 @@ class _ExchangedReplicas(Replicas):
         self._pending_steps += 1
         if bad is not None:
             self._window_is_bad = bad if self._window_is_bad is None else self._window_is_bad | bad
-        if self._pending_steps == self._every:
+        if self._pending_steps >= self._every:
             self._apply()
 
     def synchronise(self) -> None:
@@ -171,8 +177,7 @@ class _ExchangedReplicas(Replicas):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._pending_steps = state.get("pending_steps", 0)
-        is_bad = state.get("window_is_bad", False)
-        self._window_is_bad = torch.tensor(True, device=self.learner.layers[0].weight.device) if is_bad else None
+        self._window_is_bad = self._verdict(state)
 
     def _apply(self) -> None:
         # What no forward pass has started (a window cut short, a step that was not armed) starts here.
@@ -265,7 +270,7 @@ class AveragedReplicas(Replicas):
     def finish_step(self, bad: Tensor | None = None) -> None:
         super().finish_step(bad)
         self._steps_since_average += 1
-        if self._steps_since_average == self._every:
+        if self._steps_since_average >= self._every:
             self.synchronise()
 
     def synchronise(self) -> None:
@@ -295,6 +300,7 @@ class AveragedReplicas(Replicas):
         return {"steps_since_average": self._steps_since_average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self._steps_since_average = state.get("steps_since_average", 0)
 
 

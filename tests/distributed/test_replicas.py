@@ -24,6 +24,7 @@ from plain_reference import (
 )
 from replica_training import GLOBAL_BATCH, LOCAL_LR, Training
 
+from locsgd_dist.distributed import ReplicaConfig, make_replicas
 from locsgd_dist.distributed.replicas import assign_owners
 
 # --- all ranks equal ----------------------------------------------------------------------------------------------
@@ -252,3 +253,62 @@ def resume_within_a_window(mode: str, every: int) -> tuple[Weights, Weights]:
 def test_state_saved_within_a_window_goes_on(two_ranks: Any, mode: str, every: int) -> None:
     for whole, resumed in two_ranks.run(resume_within_a_window, mode, every):
         assert_bit_equal([whole, resumed])
+
+
+def go_on_otherwise(mode: str, every: int, is_bad: bool) -> tuple[Weights, Weights, Weights, int]:
+    """A window of three steps, closed as it was begun and in new objects of another mode, or of none: localized weights
+    before and after, and how many updates go on waiting."""
+    first = Training("sharded", 8, boundary=3)
+    first.run(3)
+    before = first.localized()
+    gathered: list[dict[int, torch.Tensor]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, first.learner.deltas)
+    learner_state = first.learner.state_dict()
+    learner_state["deltas"] = {index: delta for of_rank in gathered for index, delta in of_rank.items()}
+    state = first.replicas.state_dict() | {"window_is_bad": is_bad}
+
+    second = Training("all_reduce" if mode == "alone" else mode, every)
+    if mode == "alone":
+        second.replicas = make_replicas(ReplicaConfig(), second.learner, None, second.traffic)
+    second.model.load_state_dict(first.model.state_dict())
+    second.learner.load_state_dict(learner_state)
+    second.region.refresh()
+    second.replicas.refresh()
+    second.replicas.load_state_dict(state)
+    first.replicas.synchronise()
+    second.replicas.synchronise()
+    return before, first.localized(), second.localized(), len(second.learner.deltas)
+
+
+@pytest.mark.parametrize("is_bad", [False, True])
+@pytest.mark.parametrize(("mode", "every"), [("alone", 1), ("periodic", 4), ("all_reduce", 1), ("sharded", 2)])
+def test_a_window_ends_alike_whatever_goes_on_with_it(two_ranks: Any, mode: str, every: int, is_bad: bool) -> None:
+    for before, closed, otherwise, waiting in two_ranks.run(go_on_otherwise, mode, every, is_bad):
+        for name, weight in otherwise.items():
+            assert not np.array_equal(before[name], closed[name])
+            np.testing.assert_allclose(weight, before[name] if is_bad else closed[name], rtol=1e-6, atol=1e-7)
+        assert waiting == 0
+
+
+def first_exchange_after(every: int) -> list[bool]:
+    """Whether each of three steps exchanges updates, after three steps of a window of eight."""
+    training = Training("sharded", 8, boundary=3)
+    training.run(3)
+    state, deltas = training.replicas.state_dict(), dict(training.learner.deltas)
+    config = ReplicaConfig(mode="sharded", every=every)
+    training.replicas = make_replicas(config, training.learner, dist.group.WORLD, training.traffic)
+    training.learner.deltas.update(deltas)
+    training.replicas.load_state_dict(state)
+    training.traffic.take()
+    exchanged = []
+    for _ in range(3):
+        training.step()
+        exchanged.append(training.traffic.take().replica_bytes > 0)
+    return exchanged
+
+
+@pytest.mark.parametrize(("every", "expected"), [(2, [True, False, True]), (4, [True, False, False])])
+def test_a_window_begun_under_a_larger_number_ends_with_the_next_step(
+    two_ranks: Any, every: int, expected: list[bool]
+) -> None:
+    assert two_ranks.run(first_exchange_after, every) == [expected] * 2
