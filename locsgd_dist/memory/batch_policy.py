@@ -67,7 +67,8 @@ class ElasticConfig:
 
     keep: Literal["per_gpu", "global"] = "per_gpu"
     """per_gpu: each rank goes on with its batch, and learning rates follow the global batch (batch.lr_scaling); global:
-    the per-GPU batch follows, so that the global batch stays, to the nearest whole image."""
+    the per-GPU batch follows, so that the global batch stays, to the nearest whole image, up to batch.max_per_gpu and
+    what is not known not to fit; learning rates follow what is missing."""
 
 
 def parse_bytes(text: str, key: str) -> int:
@@ -121,8 +122,9 @@ class BatchPolicy:
         return self._sizes[-2] if len(self._sizes) > 1 else None
 
     def observe(self, footprint: int) -> None:
-        """Takes the footprint of an epoch that was trained at the starting batch: the budget, if none is configured."""
-        if len(self._sizes) == 1:
+        """Takes the footprint of an epoch that was trained at the starting batch, or, where the number of ranks changed
+        before one was over, of the first: the budget, if none is configured."""
+        if len(self._sizes) == 1 or not self._first_footprint:
             self._first_footprint = max(self._first_footprint, footprint)
 
     def is_due(self, epoch: int) -> bool:
@@ -174,8 +176,11 @@ class BatchPolicy:
         return self.per_gpu < self._limit
 
     def keep_global_batch(self, ranks_before: int, ranks_now: int) -> None:
-        """The number of ranks has changed: the per-GPU batch follows. What worked before is still known to work."""
-        per_gpu = max(1, round(self.per_gpu * ranks_before / ranks_now))
+        """The number of ranks has changed: the per-GPU batch follows, as far as it may and is not known not to fit.
+        What worked before is still known to work."""
+        wanted = round(self.per_gpu * ranks_before / ranks_now)
+        bounds = [self._config.max_per_gpu, None if self._limit is None else self._limit - 1]
+        per_gpu = max(1, min([wanted, *(bound for bound in bounds if bound is not None)]))
         self._sizes = [*(size for size in self._sizes if size < per_gpu), per_gpu]
         self.per_gpu = per_gpu
 

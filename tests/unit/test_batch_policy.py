@@ -186,3 +186,31 @@ def test_an_incident_that_cannot_be_read_or_written_ends_no_run(tmp_path, caplog
     (tmp_path / "file").write_text("")
     OutOfMemoryLog(tmp_path / "file").write(rank=0, per_gpu=64)
     assert "could not be written down" in caplog.text
+
+
+@pytest.mark.parametrize(("keys", "expected"), [({}, 128), ({"max_per_gpu": 100}, 100), ({"max_per_gpu": 300}, 128)])
+def test_the_global_batch_is_kept_as_far_as_the_per_gpu_batch_may_grow(keys: dict[str, int], expected: int):
+    p = policy(**keys)
+    p.keep_global_batch(4, 2)
+    assert p.per_gpu == expected
+    p.keep_global_batch(2, 4)
+    assert p.per_gpu == expected / 2
+
+
+def test_the_global_batch_is_not_kept_by_one_that_did_not_fit():
+    p = policy()
+    p.observe(1000)
+    assert settle(p, 0, lambda b: 400 * b // 64, limit=700) == 64  # 128 needed more than there was
+    p.keep_global_batch(4, 2)
+    assert p.per_gpu == 127
+    p.keep_global_batch(2, 1000)
+    assert p.per_gpu == 1
+
+
+def test_a_budget_is_found_where_ranks_left_in_the_first_epoch():
+    p = policy()
+    p.keep_global_batch(4, 2)
+    p.observe(1000)
+    p.observe(5000)
+    assert p.budget == 1000
+    assert settle(p, 1, lambda b: 400 * b // 128) == 256
