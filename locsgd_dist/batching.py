@@ -155,11 +155,15 @@ class BatchController:
             "local_lr_scale": self.local_lr_scale.state_dict(),
             "start_world_size": self._start_world_size,
             "world_size": self._runtime.world_size,
+            "configured_per_gpu": self._config.batch.per_gpu,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores, once the stream stands where the run does; where the number of ranks has changed, batch and rates
-        follow (``elastic.keep``)."""
+        follow (``elastic.keep``). Where ``batch.per_gpu`` is not that of the run which is gone on from, batch and rates
+        start as configured."""
+        if state.get("configured_per_gpu", self._config.batch.per_gpu) != self._config.batch.per_gpu:
+            return
         self._policy.load_state_dict(state["policy"])
         self.lr_scale.load_state_dict(state["lr_scale"])
         self.local_lr_scale.load_state_dict(state["local_lr_scale"])

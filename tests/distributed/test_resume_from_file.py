@@ -159,6 +159,17 @@ def test_an_epoch_without_evaluation_loses_nothing_of_the_moving_average(
         assert_same_end(a, b)
 
 
+def test_a_batch_that_is_configured_otherwise_is_taken(whole: Whole, tmp_path: Path) -> None:
+    path = whole.run_dir / "checkpoints" / "epoch-0001.pt"
+    flags = [*SHORT, "--batch.per_gpu=5", "--optim.schedule=constant", f"--run.dir={tmp_path}"]
+    (branched,) = run(None, [*flags, f"--run.resume={path}"], cut_after=11)
+    assert {len(step.labels) for step in branched.steps} == {5}
+    assert {step.lr for step in branched.steps} == {0.02}
+    # Its own checkpoint, of which the same is configured, is gone on from as ever.
+    (resumed,) = run(None, flags)
+    assert (resumed.end, {len(step.labels) for step in resumed.steps}) == ("finished", {5})
+
+
 def test_a_checkpoint_of_another_network_is_refused_in_one_line(
     whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
