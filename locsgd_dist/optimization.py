@@ -85,6 +85,10 @@ def warmup_factor(config: OptimConfig, epoch: float) -> float:
     return epoch / config.warmup_epochs if epoch < config.warmup_epochs else 1.0
 
 
+#: What torch keeps for each parameter.
+_STATE_OF = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
+
+
 class RegionOptimizer:
     """The optimizer of a network whose parameters leave it one prefix after another.
 
@@ -112,6 +116,7 @@ class RegionOptimizer:
         hand_overs: Mapping[nn.Parameter, int] | None = None,
         fused: bool | None = None,
     ):
+        self._name = config.name
         self._keeps_released = keeps_released
         self._carries_released = carries_released
         self._released: list[nn.Parameter] = []
@@ -246,7 +251,14 @@ class RegionOptimizer:
         return {self._names[p]: dict(state[p]) for p in self.parameters if p in state}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Restores state by name, for the parameters that are still optimized."""
+        """Restores state by name, for the parameters that are still optimized.
+
+        Raises:
+            ValueError: it is the state of another optimizer.
+        """
+        foreign = {key for saved in state.values() for key in saved} - _STATE_OF[self._name]
+        if foreign:
+            raise ValueError(f"optim.name={self._name} cannot take another's state: {', '.join(sorted(foreign))}")
         self.optimizer.state.clear()
         for parameter in self.parameters:
             saved = state.get(self._names[parameter])

@@ -102,12 +102,15 @@ class RunState:
         self.baseline.load_state_dict(state["baseline"])
         self.model.load_state_dict(_own(state["model"], mine, "model"))
         if self.ema is not None:
-            self.ema.load_state_dict(_own(state["ema"], mine, "ema"))
+            if state["ema"] is None:  # of a run without: the average begins here
+                self.ema.module.load_state_dict(self.model.state_dict())
+            else:
+                self.ema.load_state_dict(_own(state["ema"], mine, "ema"))
         self.optimizer.release(self.learner.load_state_dict(state["learner"]))
         self.region.refresh()
         self.replicas.refresh()
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler is not None:
+        if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])
         self.collapse.load_state_dict(state["collapse"])

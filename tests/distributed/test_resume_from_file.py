@@ -159,6 +159,31 @@ def test_an_epoch_without_evaluation_loses_nothing_of_the_moving_average(
         assert_same_end(a, b)
 
 
+def test_a_moving_average_that_the_other_run_had_not_begins_with_its_weights(whole: Whole, tmp_path: Path) -> None:
+    without = ["--optim.ema_decay=0", "--checkpoint.keep=9"]
+    run(None, [*SHORT, *without, f"--run.dir={tmp_path / 'without'}"])
+    path = tmp_path / "without" / "checkpoints" / "epoch-0002.pt"
+    flags = [*SHORT, "--optim.ema_decay=0.9", "--optim.lr=1e-30", "--optim.weight_decay=0", "--localized.rule=frozen"]
+    (branched,) = run(None, [*flags, f"--run.resume={path}", f"--run.dir={tmp_path / 'with'}"])
+    network, average = branched.states
+    # Weights stand still, and so does their average.
+    for name in ("0.weight", "3.weight"):
+        assert network[name] == pytest.approx(average[f"module.{name}"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("first", "second"), [("sgd", "adamw"), ("adamw", "sgd")])
+def test_the_state_of_another_optimizer_is_refused_before_anything_is_written(
+    first: str, second: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(None, [*SHORT, f"--optim.name={first}", f"--run.dir={tmp_path / 'first'}"])
+    path = tmp_path / "first" / "checkpoints" / "epoch-0002.pt"
+    other = [f"--optim.name={second}", f"--run.resume={path}", f"--run.dir={tmp_path / 'second'}"]
+    assert train.main(["--config", "quickstart", *SHORT, *other]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert f"optim.name={second}" in line
+    assert not (tmp_path / "second" / "checkpoints").exists()
+
+
 def test_a_batch_that_is_configured_otherwise_is_taken(whole: Whole, tmp_path: Path) -> None:
     path = whole.run_dir / "checkpoints" / "epoch-0001.pt"
     flags = [*SHORT, "--batch.per_gpu=5", "--optim.schedule=constant", f"--run.dir={tmp_path}"]
