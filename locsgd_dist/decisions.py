@@ -43,7 +43,8 @@ class Decisions:
         return self.supervision.sign
 
     def begin(self, weights: EpochDiagnostics) -> None:
-        """Before the first epoch of a run that starts with localized layers, whose ``weights`` these are."""
+        """Before the first epoch of a process that starts with more localized layers than its network had; ``weights``
+        are those of all layers."""
         self.collapse.hand_over(self.boundary, weights.norm, weights.effective_rank)
 
     def observe(self, metrics: dict[str, Any]) -> None:

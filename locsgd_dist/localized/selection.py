@@ -98,6 +98,11 @@ class Selector(Protocol):
         """
         ...
 
+    def start(self, epoch: int) -> int:
+        """The boundary of ``epoch``, which no epoch of this configuration may have come before: a checkpoint may be of
+        another's run."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -290,6 +295,9 @@ class DynamicSelector:
             self._epochs_since_shift = 0
         return self.boundary
 
+    def start(self, epoch: int) -> int:
+        return self.boundary
+
     def _fires(self) -> bool:
         if self.boundary >= self._limit or self._epochs_since_shift < self._interval:
             return False
@@ -321,8 +329,11 @@ class ScheduledSelector:
         self.boundary = self._schedule[0] if self._schedule else 0
 
     def observe(self, epoch: int, values: Sequence[float]) -> int:
+        return self.start(epoch + 1)
+
+    def start(self, epoch: int) -> int:
         if self._schedule:
-            self.boundary = max(self.boundary, self._schedule[min(epoch + 1, len(self._schedule) - 1)])
+            self.boundary = max(self.boundary, self._schedule[min(epoch, len(self._schedule) - 1)])
         return self.boundary
 
     def state_dict(self) -> dict[str, Any]:

@@ -159,6 +159,18 @@ def test_an_epoch_without_evaluation_loses_nothing_of_the_moving_average(
         assert_same_end(a, b)
 
 
+def test_a_boundary_known_in_advance_stands_from_the_first_epoch_on(tmp_path: Path) -> None:
+    run(None, [*SHORT, "--localized.rule=none", f"--run.dir={tmp_path / 'plain'}"])
+    path = tmp_path / "plain" / "checkpoints" / "epoch-0002.pt"
+    flags = [*SHORT, "--selection.kind=fixed", "--selection.boundary=2", f"--run.dir={tmp_path / 'branch'}"]
+    (branched,) = run(None, [*flags, f"--run.resume={path}"])
+    assert [(record["epoch"], record["boundary"]) for record in numbers(tmp_path / "branch")] == [(2, 2)]
+    (shift,) = [event for event in RunDirectory(tmp_path / "branch").load_events() if event["type"] == "shift"]
+    assert (shift["boundary_from"], shift["boundary_to"]) == (0, 2)
+    for step in branched.steps:
+        assert not {"1.weight", "1.bias", "3.weight.momentum_buffer"} & step.moved
+
+
 def test_a_moving_average_that_the_other_run_had_not_begins_with_its_weights(whole: Whole, tmp_path: Path) -> None:
     without = ["--optim.ema_decay=0", "--checkpoint.keep=9"]
     run(None, [*SHORT, *without, f"--run.dir={tmp_path / 'without'}"])
