@@ -209,13 +209,12 @@ class Trainer:
         seed_everything(config.train.seed + 1 + self.runtime.rank)
         if not self.checkpoints.restore(config.run.resume):
             self.recorder.truncate_to(-1, 0)
-        if (
-            not self.progress.is_under_way
-            and self.decisions.selector.start(self.progress.epoch) > self.learner.boundary
-        ):
-            self.trace.begin()
-            self.decisions.begin(agreed(self.trace.end(), self.runtime))
-            self.transitions.move_boundary(self.decisions.boundary)
+        if not self.progress.is_under_way:
+            boundary = self.decisions.selector.start(self.progress.epoch)
+            if boundary > self.learner.boundary:
+                self.trace.begin()
+                self.decisions.begin(agreed(self.trace.end(), self.runtime))
+            self.transitions.move_boundary(boundary)
         self.transitions.measure()
         self.batching.respect_incidents(self.progress.epoch, self.progress.samples_seen)
 
