@@ -120,6 +120,7 @@ class TrainStep:
         self._penalty = penalty
         self._device = device
         self._channels_last = config.channels_last
+        self._num_telling = min(2, config.gradient_accumulation)
         self._autocast = autocast(config, device)
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
 
@@ -198,12 +199,12 @@ class TrainStep:
             self._region.no_sync(),
         ):
             try:
-                batch = Batch(images, targets, per_gpu, per_gpu)
-                # The dearest step there is at this boundary.
+                # The dearest step there is at this boundary: the second micro-batch is the first beside gradients.
+                batches = [Batch(images, targets, per_gpu, per_gpu)] * self._num_telling
                 is_refresh, is_measured = self._refresh.enabled, self._alignment.enabled
-                for each in self._passes([batch], is_refresh=is_refresh, is_measured=is_measured):
+                for each in self._passes(batches, is_refresh=is_refresh, is_measured=is_measured):
                     with self._mode(each, is_measured=is_measured):
-                        self._forward_backward(each.batch, per_gpu, Tally(device))
+                        self._forward_backward(each.batch, len(batches) * per_gpu, Tally(device))
             finally:
                 self._alignment.discard()
                 self._optimizer.zero_grad()

@@ -66,10 +66,29 @@ class Measured:
             footprints.append(footprint.bytes)
         return max(footprints)
 
+    def tried(self, boundary: int, per_gpu: int) -> int:
+        """The footprint of a trial step."""
+        self.at(boundary, per_gpu)  # with momentum
+        with FootprintMonitor(MonitorConfig(trace_hz=0), CPU) as monitor:
+            with monitor.measured_step(self.model, self.optimizer.optimizer):
+                self.step.trial(per_gpu, (3, self.side, self.side), CLASSES)
+            return monitor.footprint().bytes
+
 
 def foretold(config: Config, side: int, boundaries: Sequence[int], world_size: int = 1) -> list[BoundaryStep]:
     estimator = StepEstimator(config, DataShape(CLASSES, side), world_size=world_size, rounding=1)
     return [estimator.move_to(boundary) for boundary in boundaries]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("refresh_every", [0, 2])
+def test_a_trial_step_needs_what_a_real_one_needs(accumulation: int, refresh_every: int) -> None:
+    flags = [f"--train.gradient_accumulation={accumulation}", f"--localized.refresh_every={refresh_every}"]
+    measured = Measured(configuration("--model.name=resnet18", "--model.width=16", *flags), side=32)
+    for boundary in (0, 9):
+        real = measured.at(boundary, per_gpu=16)
+        # But for the real one's sums of loss and correct answers; a refresh step's trial passes no running statistics on.
+        assert real - 64 <= measured.tried(boundary, per_gpu=16) <= 1.01 * real
 
 
 @pytest.mark.parametrize("name", NETWORKS)
