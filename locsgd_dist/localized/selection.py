@@ -32,7 +32,8 @@ class SelectionConfig:
     alpha: float = 0.95
     """dynamic: shift when the criterion is at most alpha times its recent mean (loss_plateau: at least); > 0."""
     lmax: float = 0.75
-    """Largest share of the layers that may learn locally; in [0, 1]."""
+    """Largest share of the layers that may learn locally; in [0, 1]. It does not bind fixed with a
+    boundary given, nor replay."""
     start_epoch: int = 0
     """All but replay: first epoch (from 0) in which layers may learn locally; >= 0."""
     tshift: Literal["block"] | int = "block"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 from rank_pool import RankPool
+
+from locsgd_dist import saving
+from locsgd_dist.checkpoint import store
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,3 +39,11 @@ def four_ranks() -> Iterator[RankPool]:
 def ranks(request: pytest.FixtureRequest) -> RankPool:
     """Two ranks, then four."""
     return request.getfixturevalue("two_ranks" if request.param == 2 else "four_ranks")
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint can be written, which is found out without a pause."""
+    refused = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(store, "save_atomically", refused)
+    monkeypatch.setattr(saving, "_PAUSE_SECONDS", 0.0)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from interrupted_runs import train
 from rank_pool import free_ports, world_of_its_own
 
-from locsgd_dist import saving
 from locsgd_dist import train as command
-from locsgd_dist.checkpoint import checkpointed_epochs, store
+from locsgd_dist.checkpoint import checkpointed_epochs
 from locsgd_dist.faults import CollapsedError
 from locsgd_dist.recording import RunDirectory
 
@@ -79,12 +76,8 @@ def test_stop_saves_and_ends_the_run_and_warn_lets_it_go_on(tmp_path: Path, caps
     assert len(kinds) == len(set(kinds))
 
 
-def test_a_collapsed_run_that_cannot_be_saved_says_both(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr(store, "save_atomically", refused)
-    monkeypatch.setattr(saving, "_PAUSE_SECONDS", 0.0)
+@pytest.mark.usefixtures("full_disk")
+def test_a_collapsed_run_that_cannot_be_saved_says_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--config", "quickstart", *FLAGS, "--localized.lr=2", f"--run.dir={tmp_path}"]
     assert command.main([*flags, "--faults.on_collapse=stop"]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("locsgd: error: ")]

@@ -50,12 +50,10 @@ def test_a_run_without_its_last_checkpoint_fails_on_all_ranks_and_goes_on(two_ra
     assert numbers(tmp_path / "full") == numbers(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("full_disk")
 def test_the_last_checkpoint_missing_is_one_line_and_an_exit_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr(store, "save_atomically", refused)
-    monkeypatch.setattr(saving, "_PAUSE_SECONDS", 0.0)
     assert command.main(["--config", "quickstart", *FLAGS, "--train.epochs=1", f"--run.dir={tmp_path}"]) == 1
     assert [
         line.split(";")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("locsgd: error")
@@ -91,9 +89,8 @@ def test_what_does_not_cost_the_last_checkpoint_does_not_fail_the_run(
     assert ["Operation not permitted" in event["message"] for event in warnings] == [True] * (fault != "no links")
 
 
+@pytest.mark.usefixtures("full_disk")
 def test_a_run_that_leaves_unsaved_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr(store, "save_atomically", refused)
     monkeypatch.setattr("interrupted_runs.Preempted", ())  # the message is what counts here
     with pytest.raises(Preempted, match=r"^not saved: No space left on device; the next start goes"):
         train([*FLAGS, f"--run.dir={tmp_path}"], signal_after=3)

@@ -87,7 +87,7 @@ def test_a_trial_step_needs_what_a_real_one_needs(accumulation: int, refresh_eve
     measured = Measured(configuration("--model.name=resnet18", "--model.width=16", *flags), side=32)
     for boundary in (0, 9):
         real = measured.at(boundary, per_gpu=16)
-        # But for the real one's sums of loss and correct answers; a refresh step's trial passes no running statistics on.
+        # But for the real one's sums of loss and correct answers.
         assert real - 64 <= measured.tried(boundary, per_gpu=16) <= 1.01 * real
 
 
