@@ -178,8 +178,8 @@ def _strike_at_edges(strike: Strike) -> None:
         grow(self, *arguments, **keywords)
         _Now.growing = False
 
-    def scale_struck(self: BatchController, samples_seen: int) -> None:
-        scale(self, samples_seen)
+    def scale_struck(self: BatchController) -> None:
+        scale(self)
         if _Now.growing:
             strike("at a doubling")
 

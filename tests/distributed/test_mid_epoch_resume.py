@@ -118,6 +118,7 @@ def test_another_number_of_ranks_takes_over_inside_an_epoch(
         "--selection.boundary=2",
         "--replicas.every=3",
         "--batch.lr_ramp_epochs=0",
+        "--batch.max_per_gpu=16",
         "--checkpoint.every_steps=1",
         f"--elastic.keep={keep}",
         f"--run.dir={tmp_path}",
