@@ -12,7 +12,7 @@ from locsgd_dist.options import OneLineParser
 from locsgd_dist.sweeping.execution import Progress, run_here
 from locsgd_dist.sweeping.expansion import Plan, check_machine, plan_sweep
 from locsgd_dist.sweeping.launching import train_command
-from locsgd_dist.sweeping.manifest import write_manifest
+from locsgd_dist.sweeping.manifest import in_turn, write_manifest
 from locsgd_dist.sweeping.resolution import State, check_existing, resolve, state_of
 from locsgd_dist.sweeping.spec import load_sweep
 
@@ -135,6 +135,7 @@ def _report(plan: Plan) -> None:
     from locsgd_dist.reporting.comparison import write_comparison
 
     try:
-        print(write_comparison([plan.output], plan.output))
+        with in_turn(plan.output):
+            print(write_comparison([plan.output], plan.output))
     except (OSError, ValueError) as error:  # the runs are done all the same
         print(f"locsgd sweep: warning: no comparison was written: {error}", file=sys.stderr)

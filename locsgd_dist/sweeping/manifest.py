@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from locsgd_dist.recording import RunDirectory
@@ -12,12 +15,22 @@ from locsgd_dist.sweeping.expansion import Plan, PlannedVariant, Run
 from locsgd_dist.sweeping.resolution import resolve, state_of
 
 FILE_NAME = "sweep.json"
+LOCK_NAME = ".sweep.lock"
 
 
 def write_manifest(plan: Plan) -> None:
     """Writes ``OUT/sweep.json`` for all runs of the sweep, selected or not, as their directories stand."""
     plan.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(plan.output / FILE_NAME, json.dumps(manifest(plan), indent=2, ensure_ascii=False) + "\n")
+    with in_turn(plan.output):
+        write_atomically(plan.output / FILE_NAME, json.dumps(manifest(plan), indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def in_turn(output: Path) -> Iterator[None]:
+    """Around writing to ``output`` what sweeps that work there at the same time all write."""
+    with (output / LOCK_NAME).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released as the file is closed
+        yield
 
 
 def manifest(plan: Plan) -> dict[str, Any]:

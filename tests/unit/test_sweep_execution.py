@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sweep_files import leave, plan, records, stand_in, write_sweep
 from locsgd_dist.sweeping.command import sweep
 from locsgd_dist.sweeping.execution import Progress, run_here
 from locsgd_dist.sweeping.launching import Launch, RunProcess, shared_environment, train_command
+from locsgd_dist.sweeping.manifest import write_manifest
 from locsgd_dist.sweeping.resolution import resolve
 
 SGD = {"configs": ["strategies/sgd"]}
@@ -265,3 +267,12 @@ def test_a_sweep_whose_runs_are_done_starts_nothing(tmp_path: Path, capsys):
     content = json.loads((tmp_path / "out/sweep.json").read_text())
     assert [run["state"] for v in content["variants"] for run in v["runs"]] == ["finished"] * 2
     assert not list((tmp_path / "out").rglob("*.log"))
+
+
+def test_sweeps_that_share_a_folder_take_turns_at_its_manifest(tmp_path: Path):
+    p = plan(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        writes = [pool.submit(write_manifest, p) for _ in range(200)]
+    assert [write.exception() for write in writes] == [None] * 200
+    assert json.loads((tmp_path / "out/sweep.json").read_text())["name"] == p.sweep.name
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".sweep.lock", "sweep.json"]
