@@ -234,6 +234,11 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
     ),
     (
         "../README.md",
+        r"to saturation .*? \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) ×, .*? \| ([\d.]+) % at 1.25 × \|",
+        lambda: top1_and_saving("bench_l_cosine.json", "cosine-sgd", "cosine-recommended", "cosine-sgd-72"),
+    ),
+    (
+        "../README.md",
         r"\(`localized/paper`\) \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) ×",
         lambda: top1_and_saving("bench_paper_5000.json", "images-5000-sgd", "images-5000-follows"),
     ),
