@@ -69,7 +69,7 @@ class Transitions:
         held = [layer.name for layer in self._learner.layers[before:boundary] if not layer.updatable]
         if held and self._learner.rule.updates:
             message = f"frozen in the localized region, since no localized rule applies: {', '.join(held)}"
-            self._recorder.event("warning", **where, message=message)
+            self._recorder.event("frozen_layers", **where, message=message)
 
     def prune(self) -> None:
         """Lets the baseline cut the network at an epoch's end, if it is one that does."""

@@ -26,6 +26,7 @@ ConsoleMode = Literal["auto", "rich", "plain", "quiet"]
 _SHOWN_EVENTS = {
     "shift": "green",
     "prune": "green",
+    "frozen_layers": "yellow",
     "batch": "cyan",
     "oom": "bold red",
     "resume": "yellow",

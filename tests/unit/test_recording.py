@@ -200,15 +200,17 @@ def test_a_checkpoint_behind_the_last_sample_of_an_epoch_keeps_nothing_that_foll
         recorder.event("shift", epoch=0, samples_seen=0)
         record_epochs(recorder, range(2), "first")
         recorder.event("batch", epoch=1, samples_seen=160)  # by a start inside the epoch: this one will not repeat it
+        recorder.event("frozen_layers", epoch=1, samples_seen=200)
         recorder.event("collapse", epoch=1, samples_seen=200)
         recorder.event("batch", epoch=1, samples_seen=200)
     with open_files(run) as recorder:
         recorder.truncate_to(0, samples_seen=200)  # epoch 1 has been trained, and not yet evaluated
+        recorder.event("frozen_layers", epoch=1, samples_seen=200)
         recorder.event("collapse", epoch=1, samples_seen=200)
         recorder.event("batch", epoch=1, samples_seen=200)
     kept = [(event["type"], event["samples_seen"]) for event in lines(run / "events.jsonl")]
     before = [("shift", 0), ("warning", 50), ("shift", 100), ("warning", 150)]
-    assert kept == [*before, ("batch", 160), ("collapse", 200), ("batch", 200)]
+    assert kept == [*before, ("batch", 160), ("frozen_layers", 200), ("collapse", 200), ("batch", 200)]
 
 
 def test_nothing_is_left_before_the_first_epoch(tmp_path: Path) -> None:
