@@ -209,6 +209,11 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
     ),
     (
         "../README.md",
+        r"10,000 images, 5 seeds \(`localized/finetune`\) \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) × .*? \| ([\d.]+) %",
+        lambda: top1_and_saving("bench_f_many.json", "many-sgd", "many-finetune", "many-sgd-4"),
+    ),
+    (
+        "../README.md",
         r"half of the layers at rest, 5 seeds \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) ×, .*? \| ([\d.]+) % \|",
         lambda: top1_and_saving("bench_f_few.json", "few-sgd", "few-frozen-50", "few-sgd-12"),
     ),
