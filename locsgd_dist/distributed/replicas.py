@@ -246,6 +246,12 @@ class ShardedReplicas(_ExchangedReplicas):
 class AllReducedReplicas(_ExchangedReplicas):
     """Updates are summed over ranks before they are normalised: the rule on the whole global batch, each step."""
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        # What a window begun under sharded has gathered is whole on every rank: in the sum over ranks it counts once.
+        if dist.get_rank(self._group) > 0:
+            self.learner.deltas.clear()
+
     def _exchange(self) -> list[tuple[dist.Work, Tensor, Sequence[Layer]]]:
         layers = self.learner.updated_layers
         if not layers:

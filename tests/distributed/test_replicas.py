@@ -290,6 +290,32 @@ def test_a_window_ends_alike_whatever_goes_on_with_it(two_ranks: Any, mode: str,
         assert waiting == 0
 
 
+def summed_when_going_on_all_reduced() -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """What the owners have gathered in a window of three steps, and what all_reduce would sum of it."""
+    owned = Training("sharded", 8, boundary=3)
+    owned.run(3)
+    training = Training("all_reduce", 1, boundary=3)
+    world = dist.get_world_size()
+    gathered: list[dict[int, torch.Tensor]] = [{}] * world
+    dist.all_gather_object(gathered, owned.learner.deltas)
+    whole = {index: delta for of_rank in gathered for index, delta in of_rank.items()}
+    training.learner.deltas.update({index: delta.clone() for index, delta in whole.items()})
+    training.replicas.load_state_dict(owned.replicas.state_dict())
+    dist.all_gather_object(gathered, training.learner.deltas)
+    summed = {
+        index: sum(of_rank[index].numpy() for of_rank in gathered if index in of_rank)
+        for index in range(len(LAYERS[:3]))
+    }
+    return {index: delta.numpy() for index, delta in whole.items()}, summed
+
+
+def test_a_window_begun_under_sharded_counts_once_in_all_reduce(ranks: Any) -> None:
+    for whole, summed in ranks.run(summed_when_going_on_all_reduced):
+        assert set(whole) == {0, 1, 2}
+        for index, delta in whole.items():
+            np.testing.assert_array_equal(summed[index], delta)
+
+
 def first_exchange_after(every: int) -> list[bool]:
     """Whether each of three steps exchanges updates, after three steps of a window of eight."""
     training = Training("sharded", 8, boundary=3)
