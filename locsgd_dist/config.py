@@ -126,6 +126,7 @@ def check_config(config: Config, where: Literal["here", "shared", "elsewhere"] =
         _check_annealing(config)
         _check_carry(config)
         _check_pace(config)
+        _check_kept_outputs(config)
         config.localized.make_rule()
         if where == "here":
             _check_device(config.train)
@@ -162,6 +163,32 @@ def _check_pace(config: Config) -> None:
         raise ValueError(
             f"selection.start_epoch must be below selection.full_at * (train.epochs - 1) = {full:g}, "
             f"got {selection.start_epoch}"
+        )
+
+
+def _check_kept_outputs(config: Config) -> None:
+    """Only where layers at rest say the same of an image each time can it be kept."""
+    if not config.localized.keep_outputs:
+        return
+    needed = {
+        "localized.rule": (config.localized.rule, "frozen"),
+        "localized.norm_statistics": (config.localized.norm_statistics, "held"),
+        "localized.refresh_every": (config.localized.refresh_every, 0),
+        "localized.alignment_every": (config.localized.alignment_every, 0),
+        "data.mixup_alpha": (config.data.mixup_alpha, 0),
+        "data.cutmix_alpha": (config.data.cutmix_alpha, 0),
+        "stochastic_depth.survival": (config.stochastic_depth.survival, 1),
+        "pruning.every_epochs": (config.pruning.every_epochs, 0),
+        "train.compile": (config.train.compile, False),
+    }
+    for key, (value, need) in needed.items():
+        if value != need:
+            need, value = (str(v).lower() if isinstance(v, bool) else v for v in (need, value))
+            raise ValueError(f"localized.keep_outputs=true needs {key}={need}, got {value}")
+    if config.data.draws is None:
+        raise ValueError(
+            "localized.keep_outputs=true needs data.draws, got null: an image augmented anew in each epoch does not "
+            "come back"
         )
 
 

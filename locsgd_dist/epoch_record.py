@@ -7,7 +7,7 @@ from typing import Any
 
 from locsgd_dist.config import Config
 from locsgd_dist.data import DataBundle
-from locsgd_dist.distributed import Alignment, Runtime, Traffic
+from locsgd_dist.distributed import Alignment, KeptOutputs, Runtime, Traffic
 from locsgd_dist.faults import StepGuard
 from locsgd_dist.localized import EpochDiagnostics, LocalizedLearner
 from locsgd_dist.memory import FootprintMonitor
@@ -42,6 +42,7 @@ class EpochRecords:
         monitor: FootprintMonitor,
         traffic: Traffic,
         alignment: Alignment,
+        kept: KeptOutputs,
         plain_gradient_bytes: int,
     ):
         self._config = config
@@ -53,6 +54,7 @@ class EpochRecords:
         self._monitor = monitor
         self._traffic = traffic
         self._alignment = alignment
+        self._kept = kept
         self._plain_gradient_bytes = plain_gradient_bytes
 
     def of_training(self) -> dict[str, Any]:
@@ -69,6 +71,8 @@ class EpochRecords:
             "num_refresh_steps": progress.num_refreshes,
             "num_update_steps": progress.num_updates,
             "num_alignment_steps": progress.num_alignments,
+            "num_kept_layers": self._kept.num_layers,
+            "num_kept_samples": round(self._runtime.sum([self._kept.take()])[0]),
             "skipped_steps": self._guard.num_skipped,
             "train_loss": loss / max(1.0, samples),
             "train_top1": correct / max(1.0, samples),

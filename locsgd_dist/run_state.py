@@ -15,7 +15,16 @@ from locsgd_dist.baselines import Baseline
 from locsgd_dist.batching import BatchController
 from locsgd_dist.data.hashing import hash64
 from locsgd_dist.data.streams import TrainStream
-from locsgd_dist.distributed import Alignment, Refresh, RegionDDP, Replicas, Runtime, Traffic, pool_states
+from locsgd_dist.distributed import (
+    Alignment,
+    KeptOutputs,
+    Refresh,
+    RegionDDP,
+    Replicas,
+    Runtime,
+    Traffic,
+    pool_states,
+)
 from locsgd_dist.faults import CollapseWatch, StepGuard
 from locsgd_dist.localized import LocalizedLearner, WeakSupervision, WeightTrace
 from locsgd_dist.localized.selection import Selector
@@ -45,6 +54,7 @@ class RunState:
     replicas: Replicas
     refresh: Refresh
     alignment: Alignment
+    kept: KeptOutputs
     optimizer: RegionOptimizer
     scaler: torch.amp.GradScaler | None
     guard: StepGuard
@@ -122,6 +132,9 @@ class RunState:
         self.traffic.load_state_dict(state["traffic"])
         own_progress = shared_out([other["progress"] for other in ranks], world_size)
         self.progress.load_state_dict(state["progress"], own_progress, rank)
+        # Of an epoch that other ranks had begun, together: rank 0 counts for all.
+        used = [other.get("num_kept_samples", 0) for other in ranks]
+        self.kept.num_used = used[rank] if mine else sum(used) if rank == 0 else 0
         if self.progress.is_under_way:
             self.stream.load_state_dict(state["stream"])
             self.trace.load_state_dict(state["trace"])
@@ -143,6 +156,7 @@ class RunState:
             "monitor": self.monitor.state_dict() if under_way else None,
             "random": _random_state(self.runtime.device),
             "deltas": self.learner.deltas,
+            "num_kept_samples": self.kept.num_used,
             # At an epoch's edge all networks are equal; their moving averages only where they were evaluated.
             "model": self._drifting(self.model) if under_way else {},
             "ema": {} if self.ema is None else self._drifting(self.ema.module, "module."),

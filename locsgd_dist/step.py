@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from locsgd_dist.data import Batch
-from locsgd_dist.distributed import Alignment, Refresh, RegionDDP, Replicas
+from locsgd_dist.distributed import Alignment, KeptOutputs, Refresh, RegionDDP, Replicas
 from locsgd_dist.faults import StepGuard
-from locsgd_dist.localized import LocalizedConfig
+from locsgd_dist.localized import LocalizedConfig, evaluation_mode
 from locsgd_dist.optimization import RegionOptimizer
 
 
@@ -87,6 +87,7 @@ class TrainStep:
         guard: passes over steps that are not finite; None: one of its own.
         refresh: steps in which the localized region learns by its true gradient; None: none.
         alignment: steps in which the localized rule is compared with that gradient; None: none.
+        kept: outputs of layers at rest, used again; None: none are.
         world_size: number of ranks.
         label_smoothing: of the cross-entropy.
         penalty: gives what is added to the loss of a step, a function of the weights; None for nothing.
@@ -102,6 +103,7 @@ class TrainStep:
         guard: StepGuard | None = None,
         refresh: Refresh | None = None,
         alignment: Alignment | None = None,
+        kept: KeptOutputs | None = None,
         world_size: int,
         device: torch.device,
         label_smoothing: float = 0.0,
@@ -113,6 +115,7 @@ class TrainStep:
         never = LocalizedConfig()
         self._refresh = refresh or Refresh(self._learner, None, region.traffic, never)
         self._alignment = alignment or Alignment(self._learner, self._refresh, None, region.traffic, never)
+        self._kept = kept
         self._optimizer = optimizer
         self._guard = guard or StepGuard(device)
         self._world_size = world_size
@@ -231,13 +234,22 @@ class TrainStep:
             return nullcontext()
         return self._alignment.mode() if is_measured else self._refresh.mode()
 
+    def _around(self, batch: Batch) -> AbstractContextManager[None]:
+        if self._kept is None or not batch.local_size:
+            return nullcontext()
+        return self._kept.around(batch.images, batch.keys)
+
     def _forward_backward(self, batch: Batch, samples: int, tally: Tally) -> None:
         model = self._region.module
         # Around the backward pass too, in which a region may be computed anew.
         with single_values_passing(model) if batch.local_size == 1 else nullcontext():
             # A rank without samples still joins every collective: one filler sample, in evaluation mode so that neither
             # running statistics nor localized updates see it.
-            with self._autocast, nullcontext() if batch.local_size else evaluation_mode(model):
+            with (
+                self._autocast,
+                nullcontext() if batch.local_size else evaluation_mode(model),
+                self._around(batch),
+            ):
                 logits = self._region(batch.images)
                 loss_sum = F.cross_entropy(
                     logits.float(), batch.targets, reduction="sum", label_smoothing=self._label_smoothing
@@ -283,18 +295,6 @@ def _whole_share(passes: Sequence[_Pass]) -> float:
     """Share of this rank's samples that went through the whole network; 1 where it had none."""
     whole = sum(each.batch.local_size for each in passes if each.is_whole)
     return whole / sum(each.batch.local_size for each in passes) if whole else 1.0
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module is in evaluation mode inside, and in its own again after: norms may be held in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from locsgd_dist.data import Batch, build_data
 from locsgd_dist.decisions import Decisions
 from locsgd_dist.distributed import (
     Alignment,
+    KeptOutputs,
     Refresh,
     RegionDDP,
     Runtime,
@@ -37,7 +38,7 @@ from locsgd_dist.progress import Progress
 from locsgd_dist.recording import Recorder, RunDirectory
 from locsgd_dist.run_state import RunState, seed_everything
 from locsgd_dist.saving import Checkpointer, NotSavedError
-from locsgd_dist.step import TrainStep
+from locsgd_dist.step import TrainStep, autocast
 from locsgd_dist.transitions import Transitions
 from locsgd_dist.validation import Validation
 
@@ -132,6 +133,15 @@ class Trainer:
             carries_released=config.localized.refresh_carry,
             hand_overs=hand_over_epochs(config, self.learner.layers),
         )
+        self.kept = KeptOutputs(
+            config.localized,
+            self.model,
+            self.learner,
+            self.runtime,
+            example=self.example_input,
+            num_keys=self.data.train.num_keys,
+            autocast=autocast(config.train, device),
+        )
         self.guard = StepGuard(device, self.runtime.data_group, max_bad_steps=config.faults.max_bad_steps)
         self.step = TrainStep(
             config.train,
@@ -141,6 +151,7 @@ class Trainer:
             guard=self.guard,
             refresh=self.refresh,
             alignment=self.alignment,
+            kept=self.kept,
             world_size=self.runtime.world_size,
             device=device,
             label_smoothing=config.optim.label_smoothing,
@@ -179,6 +190,7 @@ class Trainer:
             optimizer=self.optimizer,
             region=self.region,
             replicas=self.replicas,
+            kept=self.kept,
             recorder=self.recorder,
             progress=self.progress,
             is_compiled=config.train.compile,
@@ -193,6 +205,7 @@ class Trainer:
             monitor=self.monitor,
             traffic=self.traffic,
             alignment=self.alignment,
+            kept=self.kept,
             plain_gradient_bytes=sum(p.numel() * p.element_size() for p in self.optimizer.parameters),
         )
         self.checkpoints = self._closing(
@@ -215,6 +228,7 @@ class Trainer:
                 self.trace.begin()
                 self.decisions.begin(agreed(self.trace.end(), self.runtime))
             self.transitions.move_boundary(boundary)
+        self.transitions.keep_outputs()
         self.transitions.measure()
         self.batching.respect_incidents(self.progress.epoch, self.progress.samples_seen)
 
@@ -361,6 +375,7 @@ class Trainer:
             replicas=self.replicas,
             refresh=self.refresh,
             alignment=self.alignment,
+            kept=self.kept,
             optimizer=self.optimizer,
             scaler=self.step.scaler,
             guard=self.guard,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from locsgd_dist.baselines import Baseline
-from locsgd_dist.distributed import RegionDDP, Replicas
+from locsgd_dist.distributed import KeptOutputs, RegionDDP, Replicas
 from locsgd_dist.localized import LocalizedLearner
 from locsgd_dist.models import network_size
 from locsgd_dist.optimization import RegionOptimizer
@@ -35,6 +35,7 @@ class Transitions:
         optimizer: RegionOptimizer,
         region: RegionDDP,
         replicas: Replicas,
+        kept: KeptOutputs,
         recorder: Recorder,
         progress: Progress,
         is_compiled: bool,
@@ -46,6 +47,7 @@ class Transitions:
         self._optimizer = optimizer
         self._region = region
         self._replicas = replicas
+        self._kept = kept
         self._recorder = recorder
         self._progress = progress
         self._is_compiled = is_compiled
@@ -70,6 +72,13 @@ class Transitions:
         if held and self._learner.rule.updates:
             message = f"frozen in the localized region, since no localized rule applies: {', '.join(held)}"
             self._recorder.event("frozen_layers", **where, message=message)
+        self.keep_outputs()
+
+    def keep_outputs(self) -> None:
+        """Lets what is kept of layers at rest follow the boundary, and says what has become of it."""
+        if (message := self._kept.refresh()) is not None:
+            where = {"epoch": max(0, self._progress.epoch - 1), "samples_seen": self._progress.samples_seen}
+            self._recorder.event("outputs", **where, message=message)
 
     def prune(self) -> None:
         """Lets the baseline cut the network at an epoch's end, if it is one that does."""

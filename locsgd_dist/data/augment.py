@@ -1,6 +1,7 @@
 """Batched augmentation on the device: pad, crop, flip and cutout of uint8 images, then normalisation.
 
-All that is random is a hash of (seed, epoch, sample index), see `hashing`.
+All that is random is a hash of (seed, draw, sample index), see `hashing`; the draw is the epoch, or goes round
+(`data.draws`).
 """
 
 from __future__ import annotations
@@ -86,13 +87,13 @@ class BatchTransform:
         self._mean = 255 * torch.tensor(normalization.mean, device=device)
         self._scale = 1 / (255 * torch.tensor(normalization.std, device=device))
 
-    def __call__(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
+    def __call__(self, images: Tensor, indices: Tensor, draw: int) -> Tensor:
         """Augment and normalise.
 
         Args:
             images: [b, H, W, C], C = 1 or 3; uint8, or float that is already normalised.
             indices: int64 [b], the sample that each image is.
-            epoch: of the draw.
+            draw: which of each image's augmentations.
 
         Returns:
             float32 [b, 3, H, W], in the memory format asked for.
@@ -100,10 +101,10 @@ class BatchTransform:
         augmentation = self._augmentation
         if augmentation is None:
             return self._normalize(images)
-        bits = hash_indices(indices, self._seed, epoch, _CROP_STREAM)
+        bits = hash_indices(indices, self._seed, draw, _CROP_STREAM)
         pixels = self._normalize(crop_flip(images, bits, augmentation.padding, augmentation.flip))
         if augmentation.cutout:
-            bits = hash_indices(indices, self._seed, epoch, _CUTOUT_STREAM)
+            bits = hash_indices(indices, self._seed, draw, _CUTOUT_STREAM)
             pixels *= cutout_mask(bits, pixels.shape[2], pixels.shape[3], augmentation.cutout)[:, None]
         return pixels
 

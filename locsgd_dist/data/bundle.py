@@ -112,7 +112,9 @@ def build_data(
     mix = None
     if config.mixup_alpha or config.cutmix_alpha:
         mix = Mixer(config.mixup_alpha, config.cutmix_alpha, num_classes=source.num_classes, seed=seed, rank=rank)
-    sampler = EpochSampler(len(chosen), seed=seed, rank=rank, world_size=world_size, per_gpu=per_gpu_batch)
+    sampler = EpochSampler(
+        len(chosen), seed=seed, rank=rank, world_size=world_size, per_gpu=per_gpu_batch, num_draws=config.draws
+    )
     val_batch = config.val_batch or (max(256, per_gpu_batch) if recipe.size <= SMALL_SIDE else per_gpu_batch)
     return DataBundle(
         num_classes=source.num_classes,

@@ -42,6 +42,10 @@ class DataConfig:
     """Whose mean and deviation to normalise by (auto: the set's own; ImageNet's for imagefolder, and for a factory
     whose training set has no `mean` and `std`). Pretrained weights mostly expect imagenet."""
 
+    draws: int | None = None
+    """Ways in which each training image is augmented, in turn by epoch (null: anew in each epoch). What layers at rest
+    make of them can then be kept and used again: localized.keep_outputs."""
+
     mixup_alpha: float = 0.0
     """MixUp's Beta parameter (0: off). With cutmix_alpha too, each batch draws one of the two."""
 
@@ -75,7 +79,7 @@ class DataConfig:
         return Path(self.root).expanduser()
 
     def __post_init__(self) -> None:
-        for key in ("train_samples", "image_size", "val_batch"):
+        for key in ("train_samples", "image_size", "val_batch", "draws"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"data.{key} must be at least 1 (or null), got {value}")

@@ -19,7 +19,7 @@ from locsgd_dist.data.sampler import StepPlan
 from locsgd_dist.data.streams import RawBatch
 
 Request = tuple[int, int]
-"""(epoch, sample index)."""
+"""(draw, sample index)."""
 
 _SAMPLE_STREAM = 3
 _GRACE_SECONDS = 30
@@ -27,7 +27,7 @@ _MAX_AUTO_WORKERS = 16
 
 
 class SampleDataset(Dataset[tuple[int, Tensor, int]]):
-    """Decodes and transforms the sample of a request, under an RNG seeded by (seed, epoch, sample index)."""
+    """Decodes and transforms the sample of a request, under an RNG seeded by (seed, draw, sample index)."""
 
     def __init__(
         self,
@@ -53,10 +53,10 @@ class SampleDataset(Dataset[tuple[int, Tensor, int]]):
 
     def __getitem__(self, request: Request) -> tuple[int, Tensor, int]:
         """Sample index, image [3, H, W], class."""
-        epoch, index = request
+        draw, index = request
         with torch.random.fork_rng(devices=[]):
             # The CPU's generator alone: torch.manual_seed would queue a call for CUDA with each sample.
-            torch.default_generator.manual_seed(hash64(self._seed, epoch, index, _SAMPLE_STREAM))
+            torch.default_generator.manual_seed(hash64(self._seed, draw, index, _SAMPLE_STREAM))
             picture, target = self._items[int(self._chosen[index])]
             image = self._transform(picture)
         return index, image.expand(3, -1, -1), target
@@ -71,7 +71,7 @@ class PlanSampler(Sampler[list[Request]]):
     def __iter__(self) -> Iterator[list[Request]]:
         assert self.plan is not None, "set by WorkerFetcher.start"
         for step in self.plan:
-            yield [(self.plan.epoch, index) for index in step.indices.tolist()]
+            yield [(self.plan.draw, index) for index in step.indices.tolist()]
 
 
 class WorkerFetcher:

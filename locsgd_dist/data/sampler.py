@@ -45,7 +45,8 @@ class StepPlan:
     world_size: int
     per_gpu: int
     start: int = 0
-    epoch: int = 0
+    draw: int = 0
+    """Which of their random transforms the images get."""
 
     def __len__(self) -> int:
         remaining = len(self.order) - self.start
@@ -69,7 +70,16 @@ class EpochSampler:
     Its position is (epoch, cursor), whatever the number of ranks and the batch size.
     """
 
-    def __init__(self, num_samples: int, *, seed: int, rank: int, world_size: int, per_gpu: int) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        per_gpu: int,
+        num_draws: int | None = None,
+    ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
         self.num_samples = num_samples
@@ -79,6 +89,7 @@ class EpochSampler:
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
+        self.num_draws = num_draws
         self._permutation: tuple[int, Tensor] | None = None
 
     @property
@@ -92,6 +103,11 @@ class EpochSampler:
             raise ValueError(f"batch.per_gpu must be at least 1, got {per_gpu}")
         self._per_gpu = per_gpu
 
+    @property
+    def draw(self) -> int:
+        """Which of their random transforms the images of this epoch get: the epoch, or it goes round in `num_draws`."""
+        return self.epoch if self.num_draws is None else self.epoch % self.num_draws
+
     def move_to(self, epoch: int, cursor: int) -> None:
         """Stand `cursor` samples into `epoch`. Raises ValueError where there is no such place."""
         if epoch < 0 or not 0 <= cursor <= self.num_samples:
@@ -103,7 +119,7 @@ class EpochSampler:
 
     def remaining(self) -> StepPlan:
         """The steps left in this epoch at the present batch size."""
-        return StepPlan(self._order(), self._rank, self._world_size, self.per_gpu, start=self.cursor, epoch=self.epoch)
+        return StepPlan(self._order(), self._rank, self._world_size, self.per_gpu, start=self.cursor, draw=self.draw)
 
     def _order(self) -> Tensor:
         if self._permutation is None or self._permutation[0] != self.epoch:

@@ -30,6 +30,10 @@ class Batch:
     """Samples of this rank that count: b, or 0 where fewer samples than ranks were left. Then `images` holds
     one sample of another rank, only so that this rank can take part in the step's collectives."""
 
+    keys: Tensor | None = None
+    """int64 [b], in [0, TrainStream.num_keys), on the host: images of one key are the same in every epoch. None where
+    they never come back: augmented anew in each epoch, or mixed."""
+
 
 @dataclass(frozen=True)
 class RawBatch:
@@ -76,7 +80,13 @@ class TrainStream:
         self._fetcher = fetcher
         self._transform = transform
         self._mix = mix
-        self._fetched: Iterator[RawBatch] | None = None
+        self._fetched: Iterator[tuple[Step, RawBatch]] | None = None
+
+    @property
+    def num_keys(self) -> int | None:
+        """Different images that the epochs hand out; None: no bound is known."""
+        num_draws = self._sampler.num_draws
+        return None if num_draws is None or self._mix is not None else num_draws * self._sampler.num_samples
 
     @property
     def epoch(self) -> int:
@@ -116,14 +126,19 @@ class TrainStream:
         sampler = self._sampler
         while sampler.cursor < sampler.num_samples:
             if self._fetched is None:
-                self._fetched = self._fetcher.start(sampler.remaining())
-            raw = next(self._fetched)
-            images = self._transform(raw.images, raw.indices, sampler.epoch)
+                plan = sampler.remaining()
+                self._fetched = zip(plan, self._fetcher.start(plan), strict=True)
+            step, raw = next(self._fetched)
+            images = self._transform(raw.images, raw.indices, sampler.draw)
             targets = raw.targets
             if self._mix is not None:
                 images, targets = self._mix(images, targets, sampler.epoch, raw.step.cursor)
             sampler.cursor = raw.step.cursor + raw.step.global_size
-            yield Batch(images, targets, raw.step.global_size, raw.step.local_size)
+            keys = None
+            if self.num_keys is not None:
+                # Of the plan's own, which lie on the host: those of the raw batch may lie on the device.
+                keys = step.indices + sampler.draw * sampler.num_samples
+            yield Batch(images, targets, raw.step.global_size, raw.step.local_size, keys)
 
     def state_dict(self) -> dict[str, int]:
         """The position, which holds for any batch size and number of ranks."""
@@ -175,7 +190,7 @@ class EvalStream:
         # Only the last step can hold nothing for this rank; its stand-in is left unread.
         for _ in range(self._num_batches):
             raw = next(fetched)
-            images = self._transform(raw.images, raw.indices, epoch=0)
+            images = self._transform(raw.images, raw.indices, draw=0)
             yield Batch(images, raw.targets, raw.step.global_size, raw.step.local_size)
 
     def close(self) -> None:

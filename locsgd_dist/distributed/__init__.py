@@ -4,6 +4,7 @@ from locsgd_dist.distributed.alignment import Alignment
 from locsgd_dist.distributed.buckets import bucket_mib
 from locsgd_dist.distributed.buffers import pool_buffers, pool_states, refuse_synchronised_norms
 from locsgd_dist.distributed.delayed_max import DelayedMax
+from locsgd_dist.distributed.kept_outputs import KeptOutputs
 from locsgd_dist.distributed.refresh import Refresh
 from locsgd_dist.distributed.region_ddp import RegionDDP
 from locsgd_dist.distributed.replicas import ReplicaConfig, Replicas, make_replicas
@@ -14,6 +15,7 @@ __all__ = [
     "Alignment",
     "DelayedMax",
     "DistributedConfig",
+    "KeptOutputs",
     "Refresh",
     "RegionDDP",
     "ReplicaConfig",

@@ -45,6 +45,11 @@ class LocalizedConfig:
     norm_statistics: Literal["moving", "held"] = "moving"
     """Batch norms of the localized region while training: moving (they normalise by the batch and go on averaging) or
     held (they normalise by their running statistics, which stay as they were at the shift)."""
+    keep_outputs: bool = False
+    """Keep what layers at rest make of each image, and use it again when the image comes back; needs data.draws, by
+    which images do come back, localized.rule=frozen and localized.norm_statistics=held."""
+    keep_gib: float = 16.0
+    """Outputs that take more than so many GiB on a machine, in its temporary folder, are not kept; > 0."""
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     """How localized.lr follows the global batch: linear keeps the way that a layer moves in an epoch."""
     refresh_every: int = 0
@@ -82,6 +87,8 @@ class LocalizedConfig:
             raise ValueError("localized.alignment_every must be >= 1 for localized.weak_supervision=alignment, got 0")
         if not 0 < self.batch_fraction <= 1:
             raise ValueError(f"localized.batch_fraction must lie in (0, 1], got {self.batch_fraction}")
+        if not self.keep_gib > 0:
+            raise ValueError(f"localized.keep_gib must be > 0, got {self.keep_gib:g}")
         if not 0 <= self.refresh_every <= 10**9:
             raise ValueError(f"localized.refresh_every must lie in [0, 1000000000], got {self.refresh_every}")
         if not 0 < self.refresh_growth <= 1e6:

@@ -3,8 +3,8 @@
     runs/NAME/
       config.yaml      the merged configuration
       metrics.jsonl    one JSON object per completed epoch
-      events.jsonl     shift, frozen_layers, prune, batch, oom, collapse, resume, preempt, checkpoint, bad_step,
-                       warning: one JSON object each
+      events.jsonl     shift, frozen_layers, outputs, prune, batch, oom, collapse, resume, preempt, checkpoint,
+                       bad_step, warning: one JSON object each
       memory.csv       the memory monitor's trace
       checkpoints/  plots/  tensorboard/  report.html
 

@@ -27,6 +27,7 @@ _SHOWN_EVENTS = {
     "shift": "green",
     "prune": "green",
     "frozen_layers": "yellow",
+    "outputs": "cyan",
     "batch": "cyan",
     "oom": "bold red",
     "resume": "yellow",

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 INCIDENTS = frozenset({"oom", "preempt", "resume"})
 """Events of wall-clock time, which a resumed run does not repeat: they stay on record."""
-AFTER_EPOCH = frozenset({"shift", "frozen_layers", "collapse", "batch", "prune"})
+AFTER_EPOCH = frozenset({"shift", "frozen_layers", "outputs", "collapse", "batch", "prune"})
 """Events that follow an epoch's record: a run that resumes behind the epoch's last sample, but before that record,
 repeats them. (A shift before the first sample belongs to no epoch.)"""
 

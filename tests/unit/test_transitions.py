@@ -32,6 +32,7 @@ def hand_over(directory: RunDirectory, *, rule: str, resumes: bool) -> None:
             optimizer=mock.Mock(),
             region=mock.Mock(),
             replicas=mock.Mock(),
+            kept=mock.Mock(**{"refresh.return_value": None}),
             recorder=recorder,
             progress=progress,
             is_compiled=False,

@@ -33,7 +33,13 @@ class FlopCounter:
         for run in runs:
             together.setdefault(_network_key(run), []).append(run)
         for key, sharing in together.items():
-            boundaries = {0} | {int(b) for run in sharing for b in run.data.series("boundary") if np.isfinite(b)}
+            boundaries = {0} | {
+                int(number)
+                for run in sharing
+                for key in ("boundary", "num_kept_layers")
+                for number in run.data.series(key)
+                if np.isfinite(number)
+            }
             self._macs[key] = _count(sharing[0], boundaries)
 
     def per_epoch(self, run: Run) -> Array:
@@ -41,7 +47,10 @@ class FlopCounter:
         macs = self._macs.get(_network_key(run))
         if macs is None:
             return np.full(len(run.data.epochs), np.nan)
-        per_image = [_macs_per_image(run, metrics, macs) for metrics in run.data.metrics]
+        per_image = [
+            _macs_per_image(run, metrics, macs, images)
+            for metrics, images in zip(run.data.metrics, run.images, strict=True)
+        ]
         return FLOPS_PER_MAC * np.asarray(per_image) * run.images
 
 
@@ -60,8 +69,8 @@ def _count(run: Run, boundaries: set[int]) -> dict[int, NetworkMacs] | None:
         return None  # a network of one's own that is not here, or that needs values to run: no figure
 
 
-def _macs_per_image(run: Run, metrics: Record, macs: dict[int, NetworkMacs]) -> float:
-    """Multiply-adds per training image in one epoch."""
+def _macs_per_image(run: Run, metrics: Record, macs: dict[int, NetworkMacs], images: float) -> float:
+    """Multiply-adds per training image in one epoch of so many."""
     localized, replicas = run.config.localized, run.config.replicas
     boundary = metrics.get("boundary")
     if boundary not in macs:
@@ -73,6 +82,9 @@ def _macs_per_image(run: Run, metrics: Record, macs: dict[int, NetworkMacs]) -> 
     update = (localized.batch_fraction * at.localized + at.localized_per_batch / batch) / ranks
     shares = StepShares.of(run, metrics)
     per_image: float = at.forward + at.backward + shares.update * update
+    if kept := metrics.get("num_kept_samples"):
+        # Of these images the first layers did not run: what they give was kept.
+        per_image -= kept / images * macs[metrics["num_kept_layers"]].prefix
     through_all = whole.backward - at.backward + (at.prefix if localized.refresh_recompute else 0)
     if shares.refresh:
         # Of a refresh step's batch a fraction backpropagates, and only the rest of it computes the localized update.

@@ -1,0 +1,121 @@
+"""Training that keeps what layers at rest make of each image, held against training that does not."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from interrupted_runs import Outcome, numbers, run
+from plain_reference import assert_close
+from test_mid_epoch_resume import pool_of
+
+from locsgd_dist.recording import RunDirectory
+
+IMAGES, DRAWS, EPOCHS = 70, 2, 5
+FLAGS = [
+    "--model.name=interrupted_runs:small_network",
+    "--model.width=null",
+    "--data.name=interrupted_runs:numbered",
+    f"--data.kwargs={{count: {IMAGES}}}",
+    "--data.workers=0",
+    f"--data.draws={DRAWS}",
+    f"--train.epochs={EPOCHS}",
+    "--train.device=cpu",
+    "--train.deterministic=true",
+    "--optim.ema_decay=0.9",
+    "--optim.lr=0.02",
+    "--localized.rule=frozen",
+    "--localized.norm_statistics=held",
+    "--selection.kind=fixed",
+    "--selection.boundary=2",
+    "--batch.per_gpu=4",
+    "--run.console=quiet",
+    "--run.report_every=null",
+    "--monitor.trace_hz=0",
+]
+KEEPING = [*FLAGS, "--localized.keep_outputs=true"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Any:
+    """Of the files of what is kept: those of other runs on this machine are none of ours."""
+    before = set(Path(tempfile.gettempdir()).glob("locsgd-*.outputs"))
+    yield
+    assert not set(Path(tempfile.gettempdir()).glob("locsgd-*.outputs")) - before
+
+
+def assert_ends_alike(runs: list[Outcome], others: list[Outcome]) -> None:
+    for one, other in zip(runs, others, strict=True):
+        assert one.end == other.end == "finished"
+        for state, expected in zip(one.states, other.states, strict=True):
+            assert_close(state, expected, rtol=1e-4, atol=1e-5)
+        assert [step.labels for step in one.steps] == [step.labels for step in other.steps]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_run_that_keeps_outputs_ends_as_one_that_does_not(
+    ranks: int, start: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    pool = pool_of(request, ranks)
+    flags = [f"--selection.start_epoch={start}"]
+    plain = run(pool, [*FLAGS, *flags, f"--run.dir={tmp_path / 'plain'}"])
+    kept = run(pool, [*KEEPING, *flags, f"--run.dir={tmp_path / 'kept'}"])
+    assert_ends_alike(kept, plain)
+    recorded = numbers(tmp_path / "kept")
+    assert [epoch["num_kept_layers"] for epoch in recorded] == [0] * start + [2] * (EPOCHS - start)
+    # Once around, and all images come back, to whichever rank of the machine they go.
+    expected = [0] * (start + DRAWS) + [IMAGES] * (EPOCHS - start - DRAWS)
+    assert [epoch["num_kept_samples"] for epoch in recorded] == expected
+    assert {epoch["num_kept_samples"] for epoch in numbers(tmp_path / "plain")} == {0}
+    (event,) = (event for event in RunDirectory(tmp_path / "kept").load_events() if event["type"] == "outputs")
+    assert event["message"].startswith(f"outputs are kept: {IMAGES * DRAWS} outputs of 2 layers take ")
+    for one, other in zip(recorded, numbers(tmp_path / "plain"), strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+        assert one["grad_all_reduce_bytes"] == other["grad_all_reduce_bytes"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_is_cut_off_computes_again_what_is_lost(
+    ranks: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    pool = pool_of(request, ranks)
+    whole = run(pool, [*KEEPING, f"--run.dir={tmp_path / 'whole'}"])
+    flags = [*KEEPING, "--checkpoint.every_steps=1", f"--run.dir={tmp_path / 'cut'}"]
+    steps = -(-IMAGES // (4 * ranks))
+    # In the middle of the third epoch, the first whose images have come before.
+    assert {rank.end for rank in run(pool, flags, cut_after=2 * steps + 3)} == {"cut off"}
+    resumed = run(pool, flags)
+    for one, other in zip(resumed, whole, strict=True):
+        for state, expected in zip(one.states, other.states, strict=True):
+            assert_close(state, expected, rtol=1e-4, atol=1e-5)
+    recorded = [epoch["num_kept_samples"] for epoch in numbers(tmp_path / "cut")]
+    # Those of the first draw before the end came back after it have to be computed again in the fifth epoch.
+    before = 3 * 4 * ranks
+    assert recorded == [0, 0, before, 0, IMAGES - before]
+
+
+def test_what_takes_too_much_room_is_not_kept_and_the_run_goes_on(tmp_path: Path) -> None:
+    plain = run(None, [*FLAGS, f"--run.dir={tmp_path / 'plain'}"])
+    kept = run(None, [*KEEPING, "--localized.keep_gib=1e-6", f"--run.dir={tmp_path / 'kept'}"])
+    assert_ends_alike(kept, plain)
+    assert {epoch["num_kept_samples"] for epoch in numbers(tmp_path / "kept")} == {0}
+    (event,) = (event for event in RunDirectory(tmp_path / "kept").load_events() if event["type"] == "outputs")
+    assert "outputs are not kept" in event["message"]
+    assert event["message"].endswith("localized.keep_gib is 1e-06")
+
+
+def test_a_boundary_that_moves_takes_the_cut_with_it(tmp_path: Path) -> None:
+    # The boundary moves after each of the first epochs.
+    moving = ["--selection.kind=static", "--selection.lmax=0.75", "--data.draws=1"]
+    plain = run(None, [*FLAGS, *moving, f"--run.dir={tmp_path / 'plain'}"])
+    kept = run(None, [*KEEPING, *moving, f"--run.dir={tmp_path / 'kept'}"])
+    assert_ends_alike(kept, plain)
+    recorded = numbers(tmp_path / "kept")
+    assert all(epoch["num_kept_layers"] <= epoch["boundary"] for epoch in recorded)
+    assert len({epoch["num_kept_layers"] for epoch in recorded}) > 1
+    assert sum(epoch["num_kept_samples"] for epoch in recorded) > 0
+    assert np.isfinite([epoch["train_loss"] for epoch in recorded]).all()
