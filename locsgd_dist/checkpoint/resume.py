@@ -15,7 +15,7 @@ from locsgd_dist.recording import RunDirectory
 #: Keys that may differ between the start of a run and its continuation: where and how it runs, not what it computes.
 _MAY_DIFFER = re.compile(
     r"(run|monitor|checkpoint|faults|elastic)\..*|distributed\.(backend|timeout_minutes|bucket_mib)"
-    r"|data\.(root|download|workers|in_memory|cache|val_batch)|train\.device"
+    r"|data\.(root|download|workers|in_memory|cache|val_batch)|train\.device|localized\.keep_(outputs|gib)"
 )
 
 

@@ -194,6 +194,8 @@ class Planner:
             )
         if config.train.compile:
             found.append("Memory of the uncompiled network: what torch.compile fuses is not kept.")
+        if config.localized.keep_outputs:
+            found.append("Memory and time of epochs whose images come for the first time: no outputs are kept yet.")
         if machine.gpus > 1:
             found.append(
                 "Memory of one rank under DDP, whose buckets live throughout, in a step that exchanges replicas."

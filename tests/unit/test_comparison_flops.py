@@ -137,6 +137,14 @@ MLP = {"model.name": f"{__name__}:two_layers", "model.width": None}
         ),
         # Oja: outputs with outputs for each image, their sum with the weight for each batch of 64
         (1, {"localized.rule": "oja"}, {}, (FIRST + SECOND) + SECOND + FIRST + HIDDEN**2 + HIDDEN * FIRST / 64),
+        # of 30 of the 100 images the first layer's output was kept; the boundary lies behind the cut
+        (
+            2,
+            {"localized.rule": "frozen"},
+            {"num_kept_layers": 1, "num_kept_samples": 30},
+            0.7 * FIRST + SECOND,
+        ),
+        (1, {"localized.rule": "frozen"}, {"num_kept_layers": 0, "num_kept_samples": 0}, (FIRST + SECOND) + SECOND),
         (
             1,
             {"localized.rule": "oja", "localized.batch_fraction": 0.5},

@@ -9,6 +9,10 @@ import yaml
 
 from locsgd_dist.config import ConfigError, check_config, packaged_configs, parse_config
 
+KEEPING = (
+    "--localized.keep_outputs=true --localized.rule=frozen --localized.norm_statistics=held --data.draws=4 "
+    "--train.device=cpu"
+)
 BAD = [
     ("--optim.lr=abc", "optim.lr"),
     ("--optim.lr=nan", "optim.lr"),
@@ -49,6 +53,18 @@ BAD = [
     ),
     ("--localized.batch_fraction=0", "localized.batch_fraction"),
     ("--localized.norm_statistics=still", "localized.norm_statistics"),
+    ("--data.draws=0", "data.draws"),
+    ("--localized.keep_gib=0", "localized.keep_gib"),
+    ("--localized.keep_outputs=true", "localized.rule=frozen, got hebbian"),
+    (KEEPING.replace("held", "moving"), "localized.norm_statistics=held, got moving"),
+    (f"{KEEPING} --localized.refresh_every=4", "localized.refresh_every=0, got 4"),
+    (f"{KEEPING} --localized.alignment_every=4", "localized.alignment_every=0, got 4"),
+    (f"{KEEPING} --data.mixup_alpha=0.2", "data.mixup_alpha=0, got 0.2"),
+    (f"{KEEPING} --data.cutmix_alpha=1", "data.cutmix_alpha=0, got 1"),
+    (f"{KEEPING} --stochastic_depth.survival=0.5", "stochastic_depth.survival=1, got 0.5"),
+    (f"{KEEPING} --pruning.every_epochs=1", "pruning.every_epochs=0, got 1"),
+    (f"{KEEPING} --train.compile=true", "train.compile=false, got true"),
+    (KEEPING.replace("--data.draws=4", ""), "data.draws, got null"),
     ("--stochastic_depth.survival=0", "stochastic_depth.survival"),
     ("--stochastic_depth.survival=0.5 --train.compile=true", "stochastic_depth.survival"),
     ("--stochastic_depth.survival=0.5 --pruning.every_epochs=1", "stochastic_depth.survival"),
@@ -94,6 +110,11 @@ def test_bad_input_is_one_line_that_names_the_key(arguments: str, named: str, tm
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "<class" not in str(caught.value)
+
+
+def test_what_outputs_need_to_be_kept_is_enough(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_config(parse_config(KEEPING.split()))
 
 
 def test_momentum_may_be_carried_on_once_the_interval_has_grown():

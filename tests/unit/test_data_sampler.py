@@ -64,7 +64,7 @@ def test_plan_is_iterated_again_alike_and_knows_its_length() -> None:
         first, second = ([step.indices.tolist() for step in plan] for _ in range(2))
         assert first == second
         assert len(first) == len(plan)
-        assert plan.epoch == 2
+        assert plan.draw == 2
 
 
 def test_plan_is_a_snapshot() -> None:

@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,40 @@ def test_ranks_walk_in_step_and_agree_on_the_sizes() -> None:
     last = [epoch[-1] for epoch in epochs]
     assert [batch.local_size for batch in last] == [1, 0, 0, 0]
     assert all(torch.equal(batch.images, last[0].images) for batch in last)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_augmentations_go_round(in_memory: bool) -> None:
+    config = replace(CONFIG, draws=3, in_memory=in_memory, workers=0)
+    stream = build(config, batch=16).train
+    assert stream.num_keys == 3 * 61
+    epochs: list[dict[int, Tensor]] = []
+    keys: list[dict[int, int]] = []
+    orders: list[list[int]] = []
+    for epoch in range(5):
+        stream.set_epoch(epoch)
+        batches = list(stream)
+        epochs.append(by_sample(batches))
+        orders.append([sample for batch in batches for sample in samples(batch)])
+        keys.append(
+            dict(zip(orders[-1], (int(key) for batch in batches for key in batch.keys), strict=True))  # type: ignore[union-attr]
+        )
+    for epoch in (0, 1):
+        assert all(torch.equal(epochs[epoch][sample], epochs[epoch + 3][sample]) for sample in range(61))
+        assert keys[epoch] == keys[epoch + 3]
+        assert orders[epoch] != orders[epoch + 3]  # images come back, their order does not
+    for epoch in (1, 2):
+        assert any(not torch.equal(epochs[0][sample], epochs[epoch][sample]) for sample in range(61))
+    assert len({key for epoch in keys for key in epoch.values()}) == 3 * 61
+    assert all(0 <= key < 3 * 61 for epoch in keys for key in epoch.values())
+
+
+def test_images_have_a_key_only_where_they_come_back() -> None:
+    assert build(CONFIG, batch=16).train.num_keys is None
+    assert next(iter(build(CONFIG, batch=16).train)).keys is None
+    mixed = build(replace(CONFIG, draws=2, mixup_alpha=0.2), batch=16).train
+    assert mixed.num_keys is None
+    assert next(iter(mixed)).keys is None
 
 
 def test_the_state_counts_the_batches_that_were_handed_out() -> None:

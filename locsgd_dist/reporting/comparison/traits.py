@@ -15,7 +15,7 @@ from locsgd_dist.localized import SelectionConfig
 
 _SAME_RUN = re.compile(
     r"(run|monitor|checkpoint)\..*|distributed\.(backend|timeout_minutes|bucket_mib)|selection\.trace"
-    r"|data\.(root|download|workers|in_memory|cache|val_batch)|train\.(seed|evaluate_every)"
+    r"|data\.(root|download|workers|in_memory|cache|val_batch)|train\.(seed|evaluate_every)|localized\.keep_gib"
 )
 """Keys in which seeds of one variant may differ: where a run lies, how it is watched, how its images are kept."""
 
