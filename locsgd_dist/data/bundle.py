@@ -113,7 +113,13 @@ def build_data(
     if config.mixup_alpha or config.cutmix_alpha:
         mix = Mixer(config.mixup_alpha, config.cutmix_alpha, num_classes=source.num_classes, seed=seed, rank=rank)
     sampler = EpochSampler(
-        len(chosen), seed=seed, rank=rank, world_size=world_size, per_gpu=per_gpu_batch, num_draws=config.draws
+        len(chosen),
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        per_gpu=per_gpu_batch,
+        num_draws=config.draws,
+        draws_from=config.draws_from,
     )
     val_batch = config.val_batch or (max(256, per_gpu_batch) if recipe.size <= SMALL_SIDE else per_gpu_batch)
     return DataBundle(

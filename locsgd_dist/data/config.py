@@ -46,6 +46,9 @@ class DataConfig:
     """Ways in which each training image is augmented, in turn by epoch (null: anew in each epoch). What layers at rest
     make of them can then be kept and used again: localized.keep_outputs."""
 
+    draws_from: int = 0
+    """First epoch (from 0) of data.draws; in those before it each image is augmented anew; >= 0."""
+
     mixup_alpha: float = 0.0
     """MixUp's Beta parameter (0: off). With cutmix_alpha too, each batch draws one of the two."""
 
@@ -87,6 +90,8 @@ class DataConfig:
             value = getattr(self, key)
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"data.{key} must be 0 (off) or positive and finite, got {value}")
+        if self.draws_from < 0:
+            raise ValueError(f"data.draws_from must be at least 0, got {self.draws_from}")
         if self.subset_seed < 0:
             raise ValueError(f"data.subset_seed must be at least 0, got {self.subset_seed}")
         if self.workers < -1:

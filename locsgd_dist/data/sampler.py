@@ -79,6 +79,7 @@ class EpochSampler:
         world_size: int,
         per_gpu: int,
         num_draws: int | None = None,
+        draws_from: int = 0,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
@@ -90,6 +91,7 @@ class EpochSampler:
         self._rank = rank
         self._world_size = world_size
         self.num_draws = num_draws
+        self._draws_from = draws_from
         self._permutation: tuple[int, Tensor] | None = None
 
     @property
@@ -104,9 +106,16 @@ class EpochSampler:
         self._per_gpu = per_gpu
 
     @property
+    def recurring_draw(self) -> int | None:
+        """Which of `num_draws` the images of this epoch get, from `draws_from` on; None: one of their own."""
+        is_own = self.num_draws is None or self.epoch < self._draws_from
+        return None if is_own else (self.epoch - self._draws_from) % self.num_draws  # type: ignore[operator]
+
+    @property
     def draw(self) -> int:
-        """Which of their random transforms the images of this epoch get: the epoch, or it goes round in `num_draws`."""
-        return self.epoch if self.num_draws is None else self.epoch % self.num_draws
+        """Which of their random transforms the images of this epoch get."""
+        recurring = self.recurring_draw
+        return self.epoch if recurring is None else self._draws_from + recurring
 
     def move_to(self, epoch: int, cursor: int) -> None:
         """Stand `cursor` samples into `epoch`. Raises ValueError where there is no such place."""

@@ -84,7 +84,7 @@ class TrainStream:
 
     @property
     def num_keys(self) -> int | None:
-        """Different images that the epochs hand out; None: no bound is known."""
+        """Different images that the epochs hand out from `data.draws_from` on; None: no bound is known."""
         num_draws = self._sampler.num_draws
         return None if num_draws is None or self._mix is not None else num_draws * self._sampler.num_samples
 
@@ -135,9 +135,9 @@ class TrainStream:
                 images, targets = self._mix(images, targets, sampler.epoch, raw.step.cursor)
             sampler.cursor = raw.step.cursor + raw.step.global_size
             keys = None
-            if self.num_keys is not None:
+            if self.num_keys is not None and sampler.recurring_draw is not None:
                 # Of the plan's own, which lie on the host: those of the raw batch may lie on the device.
-                keys = step.indices + sampler.draw * sampler.num_samples
+                keys = step.indices + sampler.recurring_draw * sampler.num_samples
             yield Batch(images, targets, raw.step.global_size, raw.step.local_size, keys)
 
     def state_dict(self) -> dict[str, int]:

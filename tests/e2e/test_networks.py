@@ -13,8 +13,8 @@ import torchvision
 from launching import Launch, environment, events, metrics
 
 NETWORKS = {
-    "torchvision:resnet50": (224, lambda: torchvision.models.resnet50(num_classes=3), 54),
-    "torchvision:mobilenet_v2": (224, lambda: torchvision.models.mobilenet_v2(num_classes=3), 53),
+    "torchvision:resnet50": (64, lambda: torchvision.models.resnet50(num_classes=3), 54),
+    "torchvision:mobilenet_v2": (64, lambda: torchvision.models.mobilenet_v2(num_classes=3), 53),
     "tiny_factories:small_vit": (32, lambda: tiny_factories.small_vit(3), 11),
 }
 

@@ -54,6 +54,7 @@ BAD = [
     ("--localized.batch_fraction=0", "localized.batch_fraction"),
     ("--localized.norm_statistics=still", "localized.norm_statistics"),
     ("--data.draws=0", "data.draws"),
+    ("--data.draws_from=-1", "data.draws_from"),
     ("--localized.keep_gib=0", "localized.keep_gib"),
     ("--localized.keep_outputs=true", "localized.rule=frozen, got hebbian"),
     (KEEPING.replace("held", "moving"), "localized.norm_statistics=held, got moving"),

@@ -89,6 +89,24 @@ def test_augmentations_go_round(in_memory: bool) -> None:
     assert all(0 <= key < 3 * 61 for epoch in keys for key in epoch.values())
 
 
+def test_augmentations_go_round_from_an_epoch_on() -> None:
+    stream = build(replace(CONFIG, draws=2, draws_from=3), batch=16).train
+    epochs, keys = [], []
+    for epoch in range(7):
+        stream.set_epoch(epoch)
+        batches = list(stream)
+        epochs.append(by_sample(batches))
+        keys.append([batch.keys for batch in batches])
+    plain = [epoch_of(1, 16, epoch) for epoch in range(5)]
+    for epoch in range(5):  # the first of each draw is what it would have been
+        assert all(torch.equal(epochs[epoch][sample], plain[epoch][sample]) for sample in range(61))
+    for epoch in (5, 6):
+        assert all(torch.equal(epochs[epoch][sample], epochs[epoch - 2][sample]) for sample in range(61))
+    assert [keys[epoch][0] is None for epoch in range(7)] == [True] * 3 + [False] * 4
+    assert stream.num_keys == 2 * 61
+    assert {int(key) for epoch in keys[3:] for batch in epoch for key in batch} == set(range(2 * 61))
+
+
 def test_images_have_a_key_only_where_they_come_back() -> None:
     assert build(CONFIG, batch=16).train.num_keys is None
     assert next(iter(build(CONFIG, batch=16).train)).keys is None
