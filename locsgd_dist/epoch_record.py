@@ -71,7 +71,7 @@ class EpochRecords:
             "num_refresh_steps": progress.num_refreshes,
             "num_update_steps": progress.num_updates,
             "num_alignment_steps": progress.num_alignments,
-            "num_kept_layers": self._kept.num_layers,
+            "num_kept_layers": self._kept.num_layers,  # before its count is taken
             "num_kept_samples": round(self._runtime.sum([self._kept.take()])[0]),
             "skipped_steps": self._guard.num_skipped,
             "train_loss": loss / max(1.0, samples),

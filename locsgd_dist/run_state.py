@@ -132,9 +132,10 @@ class RunState:
         self.traffic.load_state_dict(state["traffic"])
         own_progress = shared_out([other["progress"] for other in ranks], world_size)
         self.progress.load_state_dict(state["progress"], own_progress, rank)
-        # Of an epoch that other ranks had begun, together: rank 0 counts for all.
-        used = [other.get("num_kept_samples", 0) for other in ranks]
-        self.kept.num_used = used[rank] if mine else sum(used) if rank == 0 else 0
+        if kept := [other["kept"] for other in ranks if "kept" in other]:
+            # Of an epoch that another number of ranks has begun, together: rank 0 counts for all.
+            used = sum(other["num_used"] for other in kept) if rank == 0 else 0
+            self.kept.load_state_dict(kept[rank] if mine else kept[0] | {"num_used": used})
         if self.progress.is_under_way:
             self.stream.load_state_dict(state["stream"])
             self.trace.load_state_dict(state["trace"])
@@ -156,7 +157,7 @@ class RunState:
             "monitor": self.monitor.state_dict() if under_way else None,
             "random": _random_state(self.runtime.device),
             "deltas": self.learner.deltas,
-            "num_kept_samples": self.kept.num_used,
+            "kept": self.kept.state_dict(),
             # At an epoch's edge all networks are equal; their moving averages only where they were evaluated.
             "model": self._drifting(self.model) if under_way else {},
             "ema": {} if self.ema is None else self._drifting(self.ema.module, "module."),

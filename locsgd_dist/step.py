@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from locsgd_dist.data import Batch
 from locsgd_dist.distributed import Alignment, KeptOutputs, Refresh, RegionDDP, Replicas
 from locsgd_dist.faults import StepGuard
-from locsgd_dist.localized import LocalizedConfig, evaluation_mode
+from locsgd_dist.localized import LocalizedConfig
 from locsgd_dist.optimization import RegionOptimizer
 
 
@@ -295,6 +295,18 @@ def _whole_share(passes: Sequence[_Pass]) -> float:
     """Share of this rank's samples that went through the whole network; 1 where it had none."""
     whole = sum(each.batch.local_size for each in passes if each.is_whole)
     return whole / sum(each.batch.local_size for each in passes) if whole else 1.0
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module is in evaluation mode inside, and in its own again after: norms may be held in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from locsgd_dist.decisions import Decisions
 from locsgd_dist.distributed import (
     Alignment,
     KeptOutputs,
+    Recurrence,
     Refresh,
     RegionDDP,
     Runtime,
@@ -139,7 +140,9 @@ class Trainer:
             self.learner,
             self.runtime,
             example=self.example_input,
-            num_keys=self.data.train.num_keys,
+            recurrence=Recurrence.of(
+                self.data.train.num_keys, config.data.draws, config.data.draws_from, config.train.epochs
+            ),
             autocast=autocast(config.train, device),
         )
         self.guard = StepGuard(device, self.runtime.data_group, max_bad_steps=config.faults.max_bad_steps)
@@ -228,7 +231,7 @@ class Trainer:
                 self.trace.begin()
                 self.decisions.begin(agreed(self.trace.end(), self.runtime))
             self.transitions.move_boundary(boundary)
-        self.transitions.keep_outputs()
+        self.transitions.keep_outputs(self.progress.epoch)
         self.transitions.measure()
         self.batching.respect_incidents(self.progress.epoch, self.progress.samples_seen)
 

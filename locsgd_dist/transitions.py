@@ -72,13 +72,12 @@ class Transitions:
         if held and self._learner.rule.updates:
             message = f"frozen in the localized region, since no localized rule applies: {', '.join(held)}"
             self._recorder.event("frozen_layers", **where, message=message)
-        self.keep_outputs()
+        self.keep_outputs(where["epoch"])
 
-    def keep_outputs(self) -> None:
-        """Lets what is kept of layers at rest follow the boundary, and says what has become of it."""
-        if (message := self._kept.refresh()) is not None:
-            where = {"epoch": max(0, self._progress.epoch - 1), "samples_seen": self._progress.samples_seen}
-            self._recorder.event("outputs", **where, message=message)
+    def keep_outputs(self, epoch: int) -> None:
+        """Lets what is kept of layers at rest follow the boundary, and says what has become of it, as of ``epoch``."""
+        if (message := self._kept.refresh(self._progress.epoch)) is not None:
+            self._recorder.event("outputs", epoch=epoch, samples_seen=self._progress.samples_seen, message=message)
 
     def prune(self) -> None:
         """Lets the baseline cut the network at an epoch's end, if it is one that does."""

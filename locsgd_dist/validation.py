@@ -13,8 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from locsgd_dist.data import Batch, DataBundle
 from locsgd_dist.distributed import Replicas, Runtime, pool_buffers
-from locsgd_dist.localized import evaluation_mode
-from locsgd_dist.step import Tally, TrainConfig, autocast
+from locsgd_dist.step import Tally, TrainConfig, autocast, evaluation_mode
 
 
 class Validation:

@@ -4,7 +4,7 @@ from locsgd_dist.distributed.alignment import Alignment
 from locsgd_dist.distributed.buckets import bucket_mib
 from locsgd_dist.distributed.buffers import pool_buffers, pool_states, refuse_synchronised_norms
 from locsgd_dist.distributed.delayed_max import DelayedMax
-from locsgd_dist.distributed.kept_outputs import KeptOutputs
+from locsgd_dist.distributed.kept_outputs import KeptOutputs, Recurrence
 from locsgd_dist.distributed.refresh import Refresh
 from locsgd_dist.distributed.region_ddp import RegionDDP
 from locsgd_dist.distributed.replicas import ReplicaConfig, Replicas, make_replicas
@@ -16,6 +16,7 @@ __all__ = [
     "DelayedMax",
     "DistributedConfig",
     "KeptOutputs",
+    "Recurrence",
     "Refresh",
     "RegionDDP",
     "ReplicaConfig",

@@ -1,11 +1,10 @@
 """Localized learning in a growing prefix of a network's layers. Imports torch alone: any training loop can use it."""
 
 from locsgd_dist.localized.config import LocalizedConfig
-from locsgd_dist.localized.cut import Cut, find_cut, is_repeatable
+from locsgd_dist.localized.cut import Cut, find_cut
 from locsgd_dist.localized.diagnostics import EpochDiagnostics, WeightTrace, effective_rank
 from locsgd_dist.localized.layers import Layer, LayerMap, trace_layers
 from locsgd_dist.localized.learner import LocalizedLearner
-from locsgd_dist.localized.modes import evaluation_mode
 from locsgd_dist.localized.rules import LocalizedRule, make_rule, register_rule, rule_names, weight_gradient
 from locsgd_dist.localized.selection import SelectionConfig, Selector, criterion_values, make_selector
 from locsgd_dist.localized.supervision import WeakSupervision
@@ -24,9 +23,7 @@ __all__ = [
     "WeightTrace",
     "criterion_values",
     "effective_rank",
-    "evaluation_mode",
     "find_cut",
-    "is_repeatable",
     "make_rule",
     "make_selector",
     "register_rule",

@@ -48,7 +48,7 @@ class LocalizedConfig:
     keep_outputs: bool = False
     """Keep what layers at rest make of each image, and use it again when the image comes back; needs data.draws, by
     which images do come back, localized.rule=frozen and localized.norm_statistics=held."""
-    keep_gib: float = 16.0
+    keep_gib: float = 4.0
     """Outputs that take more than so many GiB on a machine, in its temporary folder, are not kept; > 0."""
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     """How localized.lr follows the global batch: linear keeps the way that a layer moves in an epoch."""

@@ -1,12 +1,14 @@
 """Where a network can be cut in two, so that what its first layers say of an image can be kept and used again.
 
 Layers at rest give the same outputs for the same image in every epoch. A cut is a module whose output is all that the
-layers behind it need to know of the image; whether that is so is tried, not read off the network's structure.
+layers behind it need to know of the image. Whether that is so is tried, not read off the network's structure.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import random
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from locsgd_dist.localized.layers import LayerMap
-from locsgd_dist.localized.modes import evaluation_mode
 from locsgd_dist.localized.recompute import replaced_forwards
 
-_PROBES = 3  # images of a trial: their outputs must not depend on how many there are
+#: Images of a trial, and of the pass that tells how outputs grow with their number: nothing else has these sizes.
+_PROBES, _MORE_PROBES = 5, 7
+_MOST_TRIALS = 50
+_Shape = tuple[int, ...]
 
 
 class Cut:
@@ -27,19 +31,28 @@ class Cut:
     Attributes:
         module: the last one before the cut.
         num_layers: layers before the cut: 0 ... num_layers - 1.
-        shape: of one image's output there.
     """
 
-    def __init__(self, model: nn.Module, exit: _Exit, shape: Sequence[int]):
-        self.module = exit.module
-        self.num_layers = exit.num_layers
-        self.shape = tuple(shape)
+    def __init__(
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        num_layers: int,
+        skipped: Sequence[tuple[nn.Module, _Shape]],
+        *,
+        fills: bool = False,
+    ):
+        self.module = module
+        self.num_layers = num_layers
         self._model = model
-        self._skipped = exit.skipped
+        self._skipped: dict[nn.Module, list[_Shape]] = {}
+        for earlier, shape in skipped:
+            self._skipped.setdefault(earlier, []).append(shape)
+        self._fills = fills
 
     @torch.no_grad()
     def outputs(self, images: Tensor) -> Tensor:
-        """[n, \\*shape] what the layers before the cut make of ``images``; those behind it do not run."""
+        """``[n, ...]``: what the layers before the cut make of ``images``; those behind it do not run."""
         handle = self.module.register_forward_hook(_leave)
         try:
             self._model(images)
@@ -50,75 +63,99 @@ class Cut:
         raise RuntimeError("the network did not come by the cut")
 
     @contextmanager
-    def behind(self, outputs: Tensor) -> Iterator[None]:
+    def behind(self, outputs: Tensor, *, stand_in: float = 0.0) -> Iterator[None]:
         """Forward passes inside take ``outputs`` for what the layers before the cut say, and do not run those, whatever
-        images of that number they are given."""
+        images of that number they are given.
+
+        Args:
+            stand_in: value of what modules before the cut are taken to give.
+        """
         with replaced_forwards() as replace:
             for module, shapes in self._skipped.items():
-                replace(module, _standing_in(module.forward, shapes, outputs))
+                replace(module, _standing_in(module.forward, shapes, outputs, stand_in, self._fills))
             replace(self.module, lambda *args, **kwargs: outputs)
             yield
 
 
+@torch.no_grad()
 def find_cut(model: nn.Module, layers: LayerMap, boundary: int, images: Tensor) -> Cut | None:
-    """The last cut that lies wholly before layer ``boundary``; None where the network has none.
+    """The last cut that lies wholly before layer ``boundary`` and at which an image gets the same output each time,
+    whatever images are beside it.
 
-    The network runs a few times in evaluation mode without gradients: its buffers and the random state stay.
+    Up to 150 passes of a few images are tried in the modes in which the network is; its buffers and the random states
+    stay as they were.
 
     Args:
         model: the network whose layers ``layers`` are.
         images: an example, ``[1, ...]``, for its shape, dtype and device.
+
+    Returns:
+        None where there is none: there is a way around every module, or the layers draw random numbers, normalise by
+        the batch or move a buffer.
     """
     generator = torch.Generator().manual_seed(0)
-    size = (_PROBES, *images.shape[1:])
-    first, second = (torch.randn(size, generator=generator).to(images) for _ in range(2))
-    with evaluation_mode(model), torch.no_grad():
-        exits = _exits(model, layers, first)
-        last = min(boundary, len(layers) - 1)
-        for exit in reversed([exit for exit in exits if 0 < exit.num_layers <= last]):
-            cut = Cut(model, exit, exit.output_shape[1:])
-            if _is_whole(cut, model, layers, first, second):
-                return cut
+    probes = torch.randn(_MORE_PROBES, *images.shape[1:], generator=generator).to(images)
+    few = probes[:_PROBES]
+    with _undisturbed(model, images.device):
+        exits = _exits(model, layers, few, probes)
+        candidates = [exit for exit in exits if 0 < exit.num_layers <= min(boundary, len(layers) - 1)]
+        expected: dict[int, list[Tensor]] = {}
+        for exit in candidates[: -_MOST_TRIALS - 1 : -1]:
+            behind = [layer.module for layer in layers[exit.num_layers :]]
+            if exit.num_layers not in expected:
+                expected[exit.num_layers] = _seen_by(behind, model, few)
+            for fills in (False, True):  # filled tensors cost memory, but take what is done to them in place
+                cut = Cut(model, exit.module, exit.num_layers, exit.skipped, fills=fills)
+                if _is_whole(cut, behind, model, few, expected[exit.num_layers]):
+                    if _is_repeatable(cut, model, few):
+                        return cut
+                    break
     return None
 
 
-def is_repeatable(cut: Cut, images: Tensor) -> bool:
-    """Whether the layers before the cut give an image the same output each time, in the modes in which they are now,
-    and whatever other images are beside it: no dropout, no normalisation by the batch.
-
-    Args:
-        images: an example, ``[1, ...]``, for its shape, dtype and device.
-    """
-    devices = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        generator = torch.Generator().manual_seed(1)
-        images = torch.randn(_PROBES, *images.shape[1:], generator=generator).to(images)
-        together, again, alone = cut.outputs(images), cut.outputs(images), cut.outputs(images[:1])
-    # Kernels of half precision differ by about a hundredth with the number of images.
-    return _agree(together, again, 0.02) and _agree(together[:1], alone, 0.02)
-
-
 class _Exit:
-    """A module's return in a forward pass, and what has run until then."""
+    """A module's return in a forward pass, the layers that have run until then, and the outermost modules that have
+    returned before, call by call: each with the shape that an image has in what it gave."""
 
-    def __init__(
-        self, module: nn.Module, num_layers: int, output: Tensor, skipped: dict[nn.Module, list[tuple[int, ...]]]
-    ):
+    def __init__(self, module: nn.Module, num_layers: int, skipped: list[tuple[nn.Module, _Shape]]):
         self.module = module
         self.num_layers = num_layers
-        self.output_shape = tuple(output.shape)
-        #: Outermost modules that have returned before, with the shape that each call returned, per image.
         self.skipped = skipped
 
 
-def _exits(model: nn.Module, layers: LayerMap, images: Tensor) -> list[_Exit]:
-    """Returns of modules that run once in a pass and give one tensor, a row or more for each image, in order."""
-    num_images = len(images)
+def _exits(model: nn.Module, layers: LayerMap, few: Tensor, more: Tensor) -> list[_Exit]:
+    """Returns of modules that run once in a pass and before which every module gives one tensor that grows with the
+    number of images, in order."""
+    with_few, with_more = _returns(model, layers, few), _returns(model, layers, more)
+    calls = Counter(module for module, *_ in with_few)
+    if [module for module, *_ in with_few] != [module for module, *_ in with_more]:
+        return []
+
+    def of_an_image(position: int) -> _Shape | None:
+        shape, other = with_few[position][2], with_more[position][2]
+        if not shape or not other or shape[1:] != other[1:] or shape[0] % len(few) or shape[0] == 0:
+            return None
+        rows = shape[0] // len(few)
+        return (rows, *shape[1:]) if other[0] == rows * len(more) else None
+
+    shapes = [of_an_image(position) for position in range(len(with_few))]
+    exits: list[_Exit] = []
+    for position, (module, num_layers, _, done) in enumerate(with_few):
+        own, earlier = shapes[position], [(with_few[at][0], shapes[at]) for at in done]
+        if own is not None and own[0] == 1 and calls[module] == 1 and all(shape is not None for _, shape in earlier):
+            exits.append(_Exit(module, num_layers, [(before, shape) for before, shape in earlier if shape is not None]))
+    return exits
+
+
+def _returns(
+    model: nn.Module, layers: LayerMap, images: Tensor
+) -> list[tuple[nn.Module, int, _Shape | None, list[int]]]:
+    """Of each module's return in a pass: the module, the layers that have run, the shape of what it gave (None: not one
+    tensor), and the positions of the outermost returns before it."""
     layer_modules = {layer.module for layer in layers}
     in_layers = {child for layer in layer_modules for child in layer.modules() if child is not layer}
-    exits: list[_Exit] = []
-    calls: defaultdict[nn.Module, int] = defaultdict(int)
-    open_calls: list[list[tuple[nn.Module, Any]]] = [[]]
+    returns: list[tuple[nn.Module, int, _Shape | None, list[int]]] = []
+    open_calls: list[list[int]] = [[]]
     num_layers = 0
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -128,48 +165,52 @@ def _exits(model: nn.Module, layers: LayerMap, images: Tensor) -> list[_Exit]:
         nonlocal num_layers
         open_calls.pop()
         num_layers += module in layer_modules
-        calls[module] += 1
-        done = [call for children in open_calls for call in children]
-        open_calls[-1].append((module, output))
-        if _is_per_image(output, num_images) and all(_is_per_image(result, num_images) for _, result in done):
-            skipped: dict[nn.Module, list[tuple[int, ...]]] = {}
-            for earlier, result in done:
-                skipped.setdefault(earlier, []).append((len(result) // num_images, *result.shape[1:]))
-            exits.append(_Exit(module, num_layers, output, skipped))
+        shape = tuple(output.shape) if isinstance(output, Tensor) else None
+        done = [position for children in open_calls for position in children]
+        open_calls[-1].append(len(returns))
+        returns.append((module, num_layers, shape, done))
 
     seen = [module for module in model.modules() if module not in in_layers]
     handles = [module.register_forward_pre_hook(enter) for module in seen]
     handles += [module.register_forward_hook(leave) for module in seen]
     try:
+        _seed(images.device)
         model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return [exit for exit in exits if calls[exit.module] == 1 and exit.output_shape[0] == num_images]
+    return returns
 
 
-def _is_per_image(output: Any, num_images: int) -> bool:
-    return isinstance(output, Tensor) and output.dim() > 0 and len(output) > 0 and len(output) % num_images == 0
+def _is_whole(
+    cut: Cut, behind: Sequence[nn.Module], model: nn.Module, images: Tensor, expected: Sequence[Tensor]
+) -> bool:
+    """Whether the outputs at the cut are all that the layers behind it see of an image.
 
-
-def _is_whole(cut: Cut, model: nn.Module, layers: LayerMap, first: Tensor, second: Tensor) -> bool:
-    """Whether the outputs at the cut say all that the layers behind it need: with those of one batch kept, another
-    one's images make no difference to what any of them sees."""
-    behind = [layer.module for layer in layers[cut.num_layers :]]
-    expected = _seen_by(behind, model, first)
-    otherwise = _seen_by(behind, model, second)
-    # An initialisation of zeros hides everything behind it.
-    if not expected or _agree(expected[0], otherwise[0]):
-        return False
+    Images, and what stands in for outputs before the cut, are not numbers here: what comes by another way shows, be it
+    multiplied by a gate of zero that has yet to learn.
+    """
     try:
-        with cut.behind(cut.outputs(first)):
-            seen = _seen_by(behind, model, second)
+        _seed(images.device)
+        outputs = cut.outputs(images)
+        _seed(images.device)
+        with cut.behind(outputs, stand_in=torch.nan):
+            seen = _seen_by(behind, model, torch.full_like(images, torch.nan), seeds=False)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         return False  # something between the modules does not take what stands in for an output
-    return len(seen) == len(expected) and all(map(_agree, seen, expected))
+    return len(seen) == len(expected) > 0 and all(map(_agree, seen, expected))
 
 
-def _seen_by(modules: Sequence[nn.Module], model: nn.Module, images: Tensor) -> list[Tensor]:
+def _is_repeatable(cut: Cut, model: nn.Module, images: Tensor) -> bool:
+    before, buffers = _random_states(images.device), [buffer.clone() for buffer in model.buffers()]
+    together, again, alone = cut.outputs(images), cut.outputs(images), cut.outputs(images[:1])
+    if _random_states(images.device) != before or not all(map(_is_same, buffers, model.buffers())):
+        return False
+    # Kernels of half precision differ by about a hundredth with the number of images.
+    return _agree(together, again, 1e-5) and _agree(together[:1], alone, 0.02)
+
+
+def _seen_by(modules: Sequence[nn.Module], model: nn.Module, images: Tensor, *, seeds: bool = True) -> list[Tensor]:
     """Tensors that ``modules`` are given in a pass, in order, and what the network gives."""
     seen: list[Tensor] = []
 
@@ -178,6 +219,8 @@ def _seen_by(modules: Sequence[nn.Module], model: nn.Module, images: Tensor) -> 
 
     handles = [module.register_forward_pre_hook(see, with_kwargs=True) for module in modules]
     try:
+        if seeds:
+            _seed(images.device)
         result = model(images)
     finally:
         for handle in handles:
@@ -186,23 +229,30 @@ def _seen_by(modules: Sequence[nn.Module], model: nn.Module, images: Tensor) -> 
 
 
 def _agree(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> bool:
-    """Equal but for rounding; ``tolerance`` is relative to the largest value, for a network as it is initialised may
-    hand on next to nothing."""
-    if a.shape != b.shape:
+    """Equal but for rounding, relative to the largest value: a network as it is initialised may hand on next to
+    nothing."""
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
     a, b = a.float(), b.float()
     return bool((a - b).abs().max() <= tolerance * a.abs().max())
 
 
-def _standing_in(forward: Callable[..., Any], shapes: Sequence[tuple[int, ...]], outputs: Tensor) -> Callable[..., Any]:
-    """In the place of a module's calls before the cut, zeros of the shapes that they give; later calls run."""
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _standing_in(
+    forward: Callable[..., Any], shapes: Sequence[_Shape], outputs: Tensor, value: float, fills: bool
+) -> Callable[..., Any]:
+    """In the place of a module's calls before the cut, tensors of the shapes that they give; later calls run."""
     left = list(reversed(shapes))
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         if not left:
             return forward(*args, **kwargs)
         rows, *shape = left.pop()
-        return outputs.new_zeros(()).expand(rows * len(outputs), *shape)
+        size = (rows * len(outputs), *shape)
+        return outputs.new_full(size, value) if fills else outputs.new_full((), value).expand(size)
 
     return stand_in
 
@@ -214,3 +264,39 @@ class _Reached(Exception):  # noqa: N818  it is no error: a forward pass ends at
 
 def _leave(module: nn.Module, args: Any, output: Tensor) -> None:
     raise _Reached(output)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Whatever runs inside, buffers and random states are after it as they were before."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    own, numpys = random.getstate(), _numpy_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            if numpys is not None:
+                sys.modules["numpy"].random.set_state(numpys)
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+
+def _seed(device: torch.device) -> None:
+    random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(0)
+
+
+def _random_states(device: torch.device) -> tuple[Any, ...]:
+    states = [torch.random.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return random.getstate(), repr(_numpy_state()), *(bytes(state.tolist()) for state in states)
+
+
+def _numpy_state() -> Any:
+    """Of numpy's own generator, from which a network may draw too; None where nobody has loaded numpy."""
+    numpy = sys.modules.get("numpy")
+    return None if numpy is None else numpy.random.get_state()

@@ -14,9 +14,9 @@ from locsgd_dist.recording.directory import JsonLines, Record, RunDirectory
 
 logger = logging.getLogger(__name__)
 
-INCIDENTS = frozenset({"oom", "preempt", "resume"})
-"""Events of wall-clock time, which a resumed run does not repeat: they stay on record."""
-AFTER_EPOCH = frozenset({"shift", "frozen_layers", "outputs", "collapse", "batch", "prune"})
+INCIDENTS = frozenset({"oom", "preempt", "resume", "outputs"})
+"""Events of one process and of wall-clock time: they stay on record when a run resumes."""
+AFTER_EPOCH = frozenset({"shift", "frozen_layers", "collapse", "batch", "prune"})
 """Events that follow an epoch's record: a run that resumes behind the epoch's last sample, but before that record,
 repeats them. (A shift before the first sample belongs to no epoch.)"""
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from interrupted_runs import Outcome, numbers, run
 from plain_reference import assert_close
+from rank_pool import free_ports, world_of_its_own
 from test_mid_epoch_resume import pool_of
+from torch import nn
 
+from locsgd_dist.distributed import KeptOutputs, Recurrence, Runtime
+from locsgd_dist.localized import LocalizedConfig, LocalizedLearner
 from locsgd_dist.recording import RunDirectory
 
 IMAGES, DRAWS, EPOCHS = 70, 2, 5
@@ -106,6 +115,79 @@ def test_what_takes_too_much_room_is_not_kept_and_the_run_goes_on(tmp_path: Path
     (event,) = (event for event in RunDirectory(tmp_path / "kept").load_events() if event["type"] == "outputs")
     assert "outputs are not kept" in event["message"]
     assert event["message"].endswith("localized.keep_gib is 1e-06")
+
+
+def test_where_no_image_comes_back_nothing_is_kept(tmp_path: Path) -> None:
+    run(None, [*KEEPING, f"--data.draws={EPOCHS}", f"--run.dir={tmp_path}"])
+    assert {epoch["num_kept_layers"] for epoch in numbers(tmp_path)} == {0}
+    (event,) = (event for event in RunDirectory(tmp_path).load_events() if event["type"] == "outputs")
+    assert event["message"] == f"outputs are not kept: no image comes back in this run (data.draws={EPOCHS})"
+
+
+@pytest.mark.parametrize("flags", [["--train.channels_last=true"], ["--train.precision=bf16"]], ids=str)
+def test_in_other_layouts_and_types_too(flags: list[str], tmp_path: Path) -> None:
+    # Outputs with as many channels as have a layout of their own.
+    flags = [*flags, "--model.name=resnet18", "--model.width=8", "--data.kwargs={count: 12}", "--selection.boundary=5"]
+    flags += ["--train.epochs=4", "--train.evaluate_every=4"]
+    plain = run(None, [*FLAGS, *flags, f"--run.dir={tmp_path / 'plain'}"])
+    kept = run(None, [*KEEPING, *flags, f"--run.dir={tmp_path / 'kept'}"])
+    assert_ends_alike(kept, plain)
+    recorded = numbers(tmp_path / "kept")
+    assert [epoch["num_kept_samples"] for epoch in recorded] == [0, 0, 12, 12]
+    assert {epoch["num_kept_layers"] for epoch in recorded} == {5}
+
+
+def other_networks_on_each_rank(ports: list[int]) -> tuple[str | None, int]:
+    """As from ranks whose devices round so that another place is found to cut."""
+    with world_of_its_own(ports):
+        runtime = Runtime(torch.device("cpu"))
+        layers = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(400, 10)]
+        model = nn.Sequential(*layers[:1], *([nn.ReLU()] if runtime.rank else []), *layers[1:])
+        example = torch.zeros(1, 3, 16, 16)
+        learner = LocalizedLearner(model, example, rule="frozen", hold_statistics=True)
+        config = LocalizedConfig(rule="frozen", norm_statistics="held", keep_outputs=True)
+        kept = KeptOutputs(
+            config, model, learner, runtime, example=example, recurrence=Recurrence.of(70, 2, 0, num_epochs=9)
+        )
+        learner.advance(2)
+        message = kept.refresh(0)
+        runtime.close()
+        return message, kept.num_layers
+
+
+def test_ranks_that_would_cut_in_different_places_keep_nothing(two_ranks: Any) -> None:
+    told = two_ranks.run(other_networks_on_each_rank, free_ports(2))
+    assert told == [("outputs are not kept: the ranks' networks cannot be cut alike", 0)] * 2
+
+
+def full_on_one_rank(ports: list[int], folder: str) -> tuple[str | None, int]:
+    """One of two ranks finds no room."""
+    with world_of_its_own(ports):
+        runtime = Runtime(torch.device("cpu"))
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(576, 10))
+        example = torch.zeros(1, 3, 16, 16)
+        learner = LocalizedLearner(model, example, rule="frozen", hold_statistics=True)
+        config = LocalizedConfig(rule="frozen", norm_statistics="held", keep_outputs=True)
+        kept = KeptOutputs(
+            config, model, learner, runtime, example=example, recurrence=Recurrence.of(70, 2, 0, num_epochs=9)
+        )
+        learner.advance(1)
+        refused = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        with (
+            mock.patch.object(tempfile, "gettempdir", return_value=folder),
+            mock.patch.object(os, "posix_fallocate", refused) if runtime.rank else nullcontext(),
+        ):
+            message = kept.refresh(0)
+        runtime.close()
+        return message, kept.num_layers
+
+
+def test_where_one_rank_finds_no_room_no_rank_keeps_anything(two_ranks: Any, tmp_path: Path) -> None:
+    (first, *counts), (second, num_layers) = two_ranks.run(full_on_one_rank, free_ports(2), str(tmp_path))
+    assert first == "outputs are not kept: there is no room on another machine"
+    assert second.startswith("outputs are not kept: no room for ")
+    assert [*counts, num_layers] == [0, 0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_boundary_that_moves_takes_the_cut_with_it(tmp_path: Path) -> None:

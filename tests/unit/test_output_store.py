@@ -42,7 +42,7 @@ def test_one_process_reads_what_another_has_kept_and_the_name_may_go(tmp_path: P
     assert store.read(torch.tensor([4])).tolist() == [[2.5] * 5]
 
 
-def test_room_is_taken_at_once_and_where_there_is_none_nothing_is_left(tmp_path: Path) -> None:
+def test_room_is_taken_at_once_and_where_there_is_none_it_is_said(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     OutputStore(path, 100, (1000,), torch.float32)
     status = os.stat(path)
@@ -51,4 +51,21 @@ def test_room_is_taken_at_once_and_where_there_is_none_nothing_is_left(tmp_path:
     path.unlink()
     with pytest.raises(OSError, match=r"no room for [\d.]+ GiB in .*"):
         OutputStore(path, 2**48, (8,), torch.float32)
-    assert not path.exists()
+
+
+def mapped_by(process: str, path: Path) -> int:
+    return Path(f"/proc/{process}/maps").read_text().count(str(path))
+
+
+def test_a_process_that_is_forked_does_not_hold_the_room(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    store = OutputStore(path, 100, (1000,), torch.float32)
+    assert mapped_by("self", path) == 1
+    assert not store.has(torch.arange(100)).any()
+    child = os.fork()
+    if child == 0:
+        os._exit(mapped_by("self", path))
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    del store
+    assert mapped_by("self", path) == 0
