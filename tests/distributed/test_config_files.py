@@ -47,6 +47,7 @@ RULES = {
     "localized/paper_literal": "hebbian",
     "localized/recommended": "frozen",
     "localized/finetune": "frozen",
+    "localized/finetune_kept": "frozen",
 }
 #: Layers of the localized region move by their true gradient, whatever the rule.
 TRUE_IN_EVERY_STEP = {"localized/recommended"}

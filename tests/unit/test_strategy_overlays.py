@@ -64,13 +64,14 @@ NETWORKS = [name for name in packaged_configs() if name.startswith(("cifar10", "
 def test_a_preset_means_the_same_over_any_network(preset: str) -> None:
     """What a network's file says of the localized region gives way, but for its own pace and its decay of eta."""
     own = {"localized": {"lr_decay", "lr_decay_epochs"}, "selection": {"tshift"}}
-    if preset in ("localized/recommended", "localized/finetune"):
+    if preset in ("localized/recommended", "localized/finetune", "localized/finetune_kept"):
         own["localized"] |= {"lr", "weak_supervision"}  # of no meaning to a rule that updates nothing
-    if preset == "localized/finetune":
+    if preset.startswith("localized/finetune"):
         own["selection"] |= {"window"}  # nor this to a boundary that stands
     assert len(NETWORKS) > 10
     alone = asdict(parse_config(["--config", preset]))
     for network in NETWORKS:
+        check_config(parse_config(["--config", network, "--config", preset]), where="elsewhere")
         over = asdict(parse_config(["--config", network, "--config", preset]))
         for section, keys in own.items():
             assert {key for key in over[section] if over[section][key] != alone[section][key]} <= keys, network
@@ -89,6 +90,13 @@ def test_fine_tuning_begins_with_a_third_of_any_network_localized() -> None:
     for num_layers, boundary in ((21, 7), (54, 18), (11, 3)):
         selector = make_selector(config.selection, num_layers=num_layers, block_size=2, epochs=3)
         assert [selector.boundary, *(selector.observe(e, [1.0] * num_layers) for e in range(2))] == [boundary] * 3
+
+
+def test_fine_tuning_with_kept_outputs_begins_with_half_of_any_network_at_rest() -> None:
+    config = parse_config(["--config", "localized/finetune_kept"])
+    for num_layers, boundary in ((21, 10), (54, 27), (11, 5)):
+        assert make_selector(config.selection, num_layers=num_layers, block_size=2, epochs=3).boundary == boundary
+    assert (config.localized.keep_outputs, config.data.draws) == (True, 8)
 
 
 def test_a_run_that_is_older_than_a_key_goes_on_where_the_key_is_at_its_default(tmp_path: Path) -> None:
