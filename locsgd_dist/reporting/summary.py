@@ -117,6 +117,7 @@ def summary(run: RunData) -> list[tuple[str, str]]:
         ("Epochs", progress(run)),
         ("Samples seen", _count(run.last("samples_seen"))),
         ("Boundary", "" if boundary is None else f"{boundary} of {_text(num_layers) or MISSING} layers"),
+        ("Outputs kept", _kept(run)),
         ("Collapse", "; ".join(_collapses(run))),
         ("Checkpoints", f"{len(checkpoints)}, the last in epoch {checkpoints[-1].get('epoch')}" if checkpoints else ""),
         ("Footprint measured by", _text(run.last("footprint_source"))),
@@ -125,6 +126,15 @@ def summary(run: RunData) -> list[tuple[str, str]]:
         ("Plain DDP's bytes per rank", format_bytes(finite(plain).sum()) if finite(plain).size else ""),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _kept(run: RunData) -> str:
+    """What it has saved that outputs of layers at rest were kept."""
+    samples, kept = run.last("samples_seen"), finite(run.series("num_kept_samples")).sum()
+    if not kept or not is_number(samples):
+        return ""
+    layers = int(finite(run.series("num_kept_layers")).max())
+    return f"the first {layers} layers did not run for {format_percent(kept / samples)} of the images"
 
 
 def _collapses(run: RunData) -> list[str]:

@@ -58,6 +58,18 @@ def test_every_figure_is_there_with_title_caption_and_alternative_text(page: Pag
         assert figure.texts, "axes without any text"
 
 
+def test_it_says_what_kept_outputs_have_saved(tmp_path: Path, page: Page) -> None:
+    path = write_run(tmp_path / "kept", num_epochs=4)
+    epochs = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for number, epoch in enumerate(epochs):
+        epoch |= {"num_kept_layers": 8 if number else 0, "num_kept_samples": 25_000 if number > 1 else 0}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+    write_report(path)
+    said = "the first 8 layers did not run for 25.00 % of the images"
+    assert said in [cell.replace("\u00a0", " ") for cell in Page.of(path / "report.html").cells()]
+    assert not any("did not run" in cell for cell in page.cells())
+
+
 def test_the_page_stands_alone(run: Path, page: Page) -> None:
     assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
     assert "http" not in (run / "report.html").read_text()
