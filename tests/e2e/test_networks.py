@@ -13,18 +13,20 @@ import torchvision
 from launching import Launch, environment, events, metrics
 
 NETWORKS = {
-    "torchvision:resnet50": (64, lambda: torchvision.models.resnet50(num_classes=3), 54),
-    "torchvision:mobilenet_v2": (64, lambda: torchvision.models.mobilenet_v2(num_classes=3), 53),
-    "tiny_factories:small_vit": (32, lambda: tiny_factories.small_vit(3), 11),
+    # Narrow: their depth is what is tried.
+    "torchvision:resnet50": (64, {"width_per_group": 8}, torchvision.models.resnet50, 54),
+    "torchvision:mobilenet_v2": (64, {"width_mult": 0.25}, torchvision.models.mobilenet_v2, 53),
+    "tiny_factories:small_vit": (32, {}, tiny_factories.small_vit, 11),
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_three_epochs_with_shifts_and_the_weights_load_into_the_plain_network(name, launch: Launch, tmp_path: Path):
-    size, plain, num_layers = NETWORKS[name]
+    size, kwargs, plain, num_layers = NETWORKS[name]
     done = launch(
         "--model.width=null",
         f"--model.name={name}",
+        f"--model.kwargs={kwargs}",
         "--data.name=tiny_factories:blobs",
         f"--data.kwargs={{size: {size}}}",
         "--data.workers=0",
@@ -54,7 +56,7 @@ def test_three_epochs_with_shifts_and_the_weights_load_into_the_plain_network(na
     )
     assert exported.returncode == 0, exported.stderr[-3000:]
     weights = torch.load(output, weights_only=True)
-    network = plain()
+    network = plain(num_classes=3, **kwargs)
     network.load_state_dict(weights, strict=True)
     # The SGD region's bytes, from the plain network: 12 samples, 2 ranks of 2, so three steps an epoch.
     if name != "tiny_factories:small_vit":
