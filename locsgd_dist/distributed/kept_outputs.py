@@ -153,8 +153,8 @@ class KeptOutputs:
                         f"the network cannot be cut before layer {self._boundary}, or not so that outputs repeat",
                     )
                 outputs = cut.outputs(self._example)
-        except RuntimeError as error:  # no memory for the trials, most of all
-            return None, str(error).partition("\n")[0]
+        except Exception as error:  # no memory for the trials, most of all; other ranks wait for what is found
+            return None, f"{type(error).__name__} in a trial: {str(error).partition(chr(10))[0]}"
         is_channels_last = outputs.dim() == 4 and not outputs.is_contiguous()
         rows = outputs.permute(0, 2, 3, 1) if is_channels_last else outputs
         place = _Place(cut, tuple(rows.shape[1:]), rows.dtype, is_channels_last)
@@ -205,7 +205,7 @@ class KeptOutputs:
         missing = (~is_kept).nonzero().flatten()
         fresh = place.as_rows(place.cut.outputs(images[missing.to(images.device)]))
         # A step that is not finite is passed over, and its images are to have another chance.
-        is_finite = fresh.flatten(1).isfinite().all(dim=1)
+        is_finite = fresh.view(len(fresh), -1).isfinite().all(dim=1)
         store.write(keys[missing[is_finite.cpu()]], fresh[is_finite])
         if not is_kept.any():
             return place.as_outputs(fresh)

@@ -63,6 +63,8 @@ class OutputStore:
 
     def write(self, keys: Tensor, rows: Tensor) -> None:
         """Keeps ``rows``, ``[b, *shape]``, contiguous, on any device."""
+        if not len(keys):
+            return
         indices = keys.numpy()
         self._rows[indices] = rows.cpu().view(len(keys), -1).view(torch.uint8).numpy()
         self._is_kept[indices] = 1

@@ -133,7 +133,10 @@ def _kept(run: RunData) -> str:
     samples, kept = run.last("samples_seen"), finite(run.series("num_kept_samples")).sum()
     if not kept or not is_number(samples):
         return ""
-    layers = int(finite(run.series("num_kept_layers")).max())
+    used = {
+        m["num_kept_layers"] for m in run.metrics if m.get("num_kept_samples") and is_number(m.get("num_kept_layers"))
+    }
+    layers = " to ".join(str(number) for number in sorted({min(used), max(used)})) if used else MISSING
     return f"the first {layers} layers did not run for {format_percent(kept / samples)} of the images"
 
 

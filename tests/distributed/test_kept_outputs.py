@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from interrupted_runs import Outcome, numbers, run
@@ -197,7 +196,44 @@ def test_a_boundary_that_moves_takes_the_cut_with_it(tmp_path: Path) -> None:
     kept = run(None, [*KEEPING, *moving, f"--run.dir={tmp_path / 'kept'}"])
     assert_ends_alike(kept, plain)
     recorded = numbers(tmp_path / "kept")
-    assert all(epoch["num_kept_layers"] <= epoch["boundary"] for epoch in recorded)
-    assert len({epoch["num_kept_layers"] for epoch in recorded}) > 1
-    assert sum(epoch["num_kept_samples"] for epoch in recorded) > 0
-    assert np.isfinite([epoch["train_loss"] for epoch in recorded]).all()
+    kept_of = [(epoch["boundary"], epoch["num_kept_layers"], epoch["num_kept_samples"]) for epoch in recorded]
+    # A later cut begins anew; behind the last boundary but one there is none later.
+    assert kept_of == [(0, 0, 0), (1, 1, 0), (2, 2, 0), (2, 2, IMAGES), (3, 2, IMAGES)]
+
+
+def test_another_number_of_ranks_goes_on_with_the_count(two_ranks: Any, tmp_path: Path) -> None:
+    flags = [*KEEPING, "--checkpoint.every_steps=1", f"--run.dir={tmp_path}"]
+    # In the third epoch two ranks have taken 4 images each in 3 steps, all kept before; alone, one computes anew.
+    assert {rank.end for rank in run(two_ranks, flags, cut_after=2 * 9 + 3)} == {"cut off"}
+    (alone,) = run(None, flags)
+    assert alone.end == "finished"
+    recorded = numbers(tmp_path)
+    assert [epoch["num_kept_samples"] for epoch in recorded] == [0, 0, 24, 0, IMAGES - 24]
+    assert [epoch["num_kept_layers"] for epoch in recorded] == [2] * EPOCHS
+
+
+def test_an_image_that_is_not_finite_is_not_kept() -> None:
+    torch.manual_seed(0)
+    runtime = Runtime(torch.device("cpu"))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(576, 10))
+    example = torch.zeros(1, 3, 16, 16)
+    learner = LocalizedLearner(model, example, rule="frozen", hold_statistics=True)
+    config = LocalizedConfig(rule="frozen", norm_statistics="held", keep_outputs=True)
+    kept = KeptOutputs(
+        config, model, learner, runtime, example=example, recurrence=Recurrence.of(8, 2, 0, num_epochs=9)
+    )
+    learner.advance(1)
+    assert (kept.refresh(0) or "").startswith("outputs are kept")
+    images, keys = torch.randn(2, 3, 16, 16), torch.tensor([3, 5])
+    broken = torch.stack([images[0], torch.full_like(images[1], torch.nan)])
+    for batch, expected in ((broken[1:], [False]), (broken, [True, False]), (images, [True, True])):
+        mine = keys[-len(batch) :]
+        with kept.around(batch, mine):
+            answer = model(torch.zeros_like(batch))
+        torch.testing.assert_close(answer, model(batch), equal_nan=True)
+        with kept.around(batch, mine):
+            again = model(torch.zeros_like(batch))
+        torch.testing.assert_close(again, answer, equal_nan=True)
+        before = kept.take()
+        with kept.around(batch, mine):
+            assert kept.take() == sum(expected), before

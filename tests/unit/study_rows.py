@@ -85,6 +85,8 @@ STUDIES: dict[str, dict[str, str]] = {
         "none, T = 33 % from the ninth epoch on": "rest33-from-8",
         "none, T = 50 % from the seventh epoch on, annealed before": "rest50-from-6-annealed",
         "none, T = 50 % from the ninth epoch on, annealed before": "rest50-from-8-annealed",
+        "none, T = 38 % from the ninth epoch on, outputs kept, each image in 4 ways": "rest33-from-8-kept",
+        "none, T = 38 % from the seventh epoch on, outputs kept, each image in 4 ways": "rest33-from-6-kept",
     },
     "bench_xs_lr.json": {
         "SGD, 20 epochs": "sgd-lr0.1",
@@ -127,6 +129,20 @@ STUDIES: dict[str, dict[str, str]] = {
     "bench_footprint_narrow.json": {
         "SGD, width 8, batch 64": "narrow",
         "preset `finetune`, width 8, batch 64": "narrow-finetune",
+    },
+    "bench_f_kept.json": {
+        "SGD, 20 epochs": "few-sgd",
+        "SGD, 15 epochs": "few-sgd-15",
+        "SGD, 12 epochs": "few-sgd-12",
+        "SGD, 10 epochs": "few-sgd-10",
+        "preset `finetune`: T = 33 % at rest": "few-finetune",
+        "T = 38 % at rest, outputs kept": "few-kept-40",
+        "preset `finetune_kept`: T = 48 % at rest, outputs kept": "few-kept-50",
+        "T = 62 % at rest, outputs kept": "few-kept-62",
+        "T = 71 % at rest, outputs kept": "few-kept-71",
+        "T = 48 % at rest, outputs kept, each image in 4 ways": "few-kept-50-draws4",
+        "T = 48 % at rest, statistics held, nothing kept": "few-held-50",
+        "SGD, 20 epochs, each image in 8 ways": "few-sgd-draws8",
     },
     "bench_f_many.json": {
         "SGD, 6 epochs": "many-sgd",

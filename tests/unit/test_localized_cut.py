@@ -13,6 +13,7 @@ import torchvision.models
 from localized_networks import sequence_network, timm_swin, timm_vision_transformer, vision_transformer
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from locsgd_dist.localized import LocalizedLearner, find_cut
@@ -118,7 +119,9 @@ class Ways(nn.Module):
         if self.way == "in place":
             y = nn.functional.relu(self.second(nn.functional.relu(self.first(x), inplace=True)), inplace=True)
         else:
-            y = self.relu(self.second(self.relu(self.first(x))))
+            first = self.relu(self.first(x))
+            self.remembered = first
+            y = self.relu(self.second(first))
         z = self.relu(self.third(y))
         match self.way:
             case "images to the end":
@@ -131,6 +134,10 @@ class Ways(nn.Module):
                 z = z * (1 + x.mean()) if self.training else z
             case "in evaluation alone":
                 z = z if self.training else z + x
+            case "zeros of the first layer":
+                z = z * (self.remembered != 0)
+            case "the first layer, far away":
+                z = torch.where(self.remembered > 50, -z, z)
         return self.head(z.mean(dim=(2, 3)))
 
 
@@ -153,16 +160,26 @@ def test_layers_before_the_cut_do_not_run_behind_it_and_a_shared_activation_does
 
 
 @pytest.mark.parametrize(
-    "way", ["images to the end", "brightness to the end", "a gate that is still shut", "in training alone"]
+    ("way", "num_layers"),
+    [
+        ("images to the end", 0),
+        ("brightness to the end", 0),
+        ("a gate that is still shut", 0),
+        ("in training alone", 0),
+        # what the first layer says is there behind a cut after it
+        ("zeros of the first layer", 1),
+        ("the first layer, far away", 1),
+    ],
 )
 @pytest.mark.parametrize("zero_head", [False, True])
-def test_a_network_with_a_way_around_is_not_cut(way: str, zero_head: bool) -> None:
+def test_a_network_is_not_cut_where_there_is_a_way_around(way: str, num_layers: int, zero_head: bool) -> None:
     torch.manual_seed(0)
     model = Ways(way)
     if zero_head:  # as a new classifier may be: what the network gives then tells nothing
         nn.init.zeros_(model.head.weight)
         nn.init.zeros_(model.head.bias)
-    assert cut_of(model, 2) is None
+    cut = cut_of(model, 2)
+    assert (0 if cut is None else cut.num_layers) == num_layers
 
 
 @pytest.mark.parametrize("channels", [3, 5, 7, 10, 35])
@@ -263,6 +280,122 @@ def test_layers_that_draw_are_cut_before_they_do_however_rarely_it_shows(drawing
     assert cut is not None
     assert cut.num_layers == 2
     assert cut.module is model[1]
+
+
+class Remembering(nn.Module):
+    """Its first block keeps its activation on itself, and the last layer reads it there."""
+
+    def __init__(self, by: str):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+        self.by = by
+        self.second, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 10)
+        self.block[0].register_forward_hook(self.remember)
+        self.remembered = torch.zeros(())
+
+    def remember(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.remembered = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.block(x))
+        return self.head((y + self.remembered if self.by == "sum" else y * self.remembered).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("by", ["sum", "product"])
+def test_what_a_module_remembers_of_a_pass_is_a_way_around(by: str) -> None:
+    torch.manual_seed(0)
+    cut = cut_of(Remembering(by), 2)
+    assert cut is not None
+    assert cut.num_layers == 1  # where it remembers what is kept
+
+
+class Checkpointed(nn.Module):
+    """Layers 1 to 3 run anew in the backward pass, from the first one's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.middle = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(4, 10)
+
+    def again(self, x: Tensor) -> Tensor:
+        for layer in self.middle:
+            x = layer(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.again, self.first(x), use_reentrant=False).mean(dim=(2, 3)))
+
+
+def test_no_cut_lies_inside_a_part_that_runs_anew_in_the_backward_pass() -> None:
+    torch.manual_seed(0)
+    model = Checkpointed()
+    for boundary, expected in ((1, 1), (2, 1), (3, 1), (4, 4)):
+        cut = cut_of(model, boundary)
+        assert cut is not None
+        assert cut.num_layers == expected
+        model.zero_grad()
+        with cut.behind(cut.outputs(images(2))):
+            answer = model(images(3))
+        answer.square().mean().backward()
+        kept = model.head.weight.grad.clone()  # type: ignore[union-attr]
+        model.zero_grad()
+        model(images(2)).square().mean().backward()
+        torch.testing.assert_close(kept, model.head.weight.grad)
+
+
+class Centred(nn.Module):
+    def __init__(self, centre: nn.Module | Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 10)
+        self.centre = centre
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.centre(self.first(x))).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    "centre",
+    [nn.BatchNorm2d(4, affine=False, track_running_stats=False), lambda x: x - x.mean(), lambda x: x / x.std()],
+    ids=["batch norm without statistics", "mean", "deviation"],
+)
+def test_layers_that_look_at_other_images_are_cut_before_they_do(centre: Any) -> None:
+    torch.manual_seed(0)
+    cut = cut_of(Centred(centre), 2)
+    assert cut is not None
+    assert cut.num_layers == 1
+
+
+def test_a_network_that_draws_behind_the_cut_is_cut_and_draws_as_ever() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.drop = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 10, 3), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(self.second(self.first(x))).mean(dim=(2, 3)) * float(1 + np.random.random())
+
+    torch.manual_seed(0)
+    model = Noisy()
+    layers = trace_layers(model, EXAMPLE)
+    states = torch.random.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    assert find_cut(model, layers, 1, EXAMPLE) is not None
+    assert torch.equal(torch.random.get_rng_state(), states[0])
+    assert (random.getstate(), repr(np.random.get_state())) == states[1:]
+
+
+def test_deep_networks_that_drop_blocks_at_random_are_cut_before_the_first_of_them() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.efficientnet_b0(num_classes=10)
+    learner = LocalizedLearner(model, EXAMPLE, rule="frozen", hold_statistics=True)
+    boundary = int(0.5 * len(learner.layers))
+    learner.advance(boundary)
+    learner.train()
+    cut = find_cut(model, learner.layers, boundary, EXAMPLE)
+    assert cut is not None
+    # The first block with a shortcut, and so one that may be dropped, is features.2.1.
+    assert learner.layers[cut.num_layers - 1].name.startswith("features.2.0")
+    assert learner.layers[cut.num_layers].name.startswith("features.2.1")
 
 
 def test_sequences_are_cut_too() -> None:
