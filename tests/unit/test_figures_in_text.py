@@ -209,6 +209,17 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
     ),
     (
         "../README.md",
+        r"5 seeds \(`localized/finetune_kept`\) \| ([\d.]+) % \| \*\*([\d.]+) % at ([\d.]+) × .*?\*\* "
+        r"\| ([\d.]+) % at 2",
+        lambda: top1_and_saving("bench_f_kept.json", "few-sgd", "few-kept-50", "few-sgd-10"),
+    ),
+    (
+        "../README.md",
+        r"71 % of the layers at rest instead of 48 %, 5 seeds \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) ×",
+        lambda: top1_and_saving("bench_f_kept.json", "few-sgd", "few-kept-71"),
+    ),
+    (
+        "../README.md",
         r"10,000 images, 5 seeds \(`localized/finetune`\) \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) × .*? \| ([\d.]+) %",
         lambda: top1_and_saving("bench_f_many.json", "many-sgd", "many-finetune", "many-sgd-4"),
     ),
