@@ -144,6 +144,13 @@ STUDIES: dict[str, dict[str, str]] = {
         "T = 48 % at rest, statistics held, nothing kept": "few-held-50",
         "SGD, 20 epochs, each image in 8 ways": "few-sgd-draws8",
     },
+    "bench_f_kept_swapped.json": {
+        "SGD, 20 epochs": "few-sgd",
+        "SGD, 12 epochs": "few-sgd-12",
+        "SGD, 10 epochs": "few-sgd-10",
+        "preset `finetune_kept`: T = 48 % at rest, outputs kept": "few-kept-50",
+        "T = 71 % at rest, outputs kept": "few-kept-71",
+    },
     "bench_f_many.json": {
         "SGD, 6 epochs": "many-sgd",
         "SGD, 4 epochs": "many-sgd-4",
