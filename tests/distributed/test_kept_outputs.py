@@ -136,19 +136,25 @@ def test_in_other_layouts_and_types_too(flags: list[str], tmp_path: Path) -> Non
     assert {epoch["num_kept_layers"] for epoch in recorded} == {5}
 
 
+def keeping(model: nn.Module, boundary: int, runtime: Runtime) -> KeptOutputs:
+    """For 70 images in a run of nine epochs, ``boundary`` layers at rest."""
+    example = torch.zeros(1, 3, 16, 16)
+    learner = LocalizedLearner(model, example, rule="frozen", hold_statistics=True)
+    config = LocalizedConfig(rule="frozen", norm_statistics="held", keep_outputs=True)
+    kept = KeptOutputs(
+        config, model, learner, runtime, example=example, recurrence=Recurrence.of(70, 2, 0, num_epochs=9)
+    )
+    learner.advance(boundary)
+    return kept
+
+
 def other_networks_on_each_rank(ports: list[int]) -> tuple[str | None, int]:
     """As from ranks whose devices round so that another place is found to cut."""
     with world_of_its_own(ports):
         runtime = Runtime(torch.device("cpu"))
         layers = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(400, 10)]
         model = nn.Sequential(*layers[:1], *([nn.ReLU()] if runtime.rank else []), *layers[1:])
-        example = torch.zeros(1, 3, 16, 16)
-        learner = LocalizedLearner(model, example, rule="frozen", hold_statistics=True)
-        config = LocalizedConfig(rule="frozen", norm_statistics="held", keep_outputs=True)
-        kept = KeptOutputs(
-            config, model, learner, runtime, example=example, recurrence=Recurrence.of(70, 2, 0, num_epochs=9)
-        )
-        learner.advance(2)
+        kept = keeping(model, 2, runtime)
         message = kept.refresh(0)
         runtime.close()
         return message, kept.num_layers
@@ -164,13 +170,7 @@ def full_on_one_rank(ports: list[int], folder: str) -> tuple[str | None, int]:
     with world_of_its_own(ports):
         runtime = Runtime(torch.device("cpu"))
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(576, 10))
-        example = torch.zeros(1, 3, 16, 16)
-        learner = LocalizedLearner(model, example, rule="frozen", hold_statistics=True)
-        config = LocalizedConfig(rule="frozen", norm_statistics="held", keep_outputs=True)
-        kept = KeptOutputs(
-            config, model, learner, runtime, example=example, recurrence=Recurrence.of(70, 2, 0, num_epochs=9)
-        )
-        learner.advance(1)
+        kept = keeping(model, 1, runtime)
         refused = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
         with (
             mock.patch.object(tempfile, "gettempdir", return_value=folder),
@@ -214,15 +214,8 @@ def test_another_number_of_ranks_goes_on_with_the_count(two_ranks: Any, tmp_path
 
 def test_an_image_that_is_not_finite_is_not_kept() -> None:
     torch.manual_seed(0)
-    runtime = Runtime(torch.device("cpu"))
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(576, 10))
-    example = torch.zeros(1, 3, 16, 16)
-    learner = LocalizedLearner(model, example, rule="frozen", hold_statistics=True)
-    config = LocalizedConfig(rule="frozen", norm_statistics="held", keep_outputs=True)
-    kept = KeptOutputs(
-        config, model, learner, runtime, example=example, recurrence=Recurrence.of(8, 2, 0, num_epochs=9)
-    )
-    learner.advance(1)
+    kept = keeping(model, 1, Runtime(torch.device("cpu")))
     assert (kept.refresh(0) or "").startswith("outputs are kept")
     images, keys = torch.randn(2, 3, 16, 16), torch.tensor([3, 5])
     broken = torch.stack([images[0], torch.full_like(images[1], torch.nan)])

@@ -155,6 +155,8 @@ STUDIES: dict[str, dict[str, str]] = {
         "SGD, 6 epochs": "many-sgd",
         "SGD, 4 epochs": "many-sgd-4",
         "frozen, T = 33 % from the start (preset `finetune`)": "many-finetune",
+        "T = 38 % at rest, outputs kept, each image in 3 ways": "many-kept-40-draws3",
+        "T = 48 % at rest, outputs kept, each image in 3 ways": "many-kept-50-draws3",
         "frozen, T = 50 % from the third epoch on": "many-frozen-50-from-2",
         "T = 75 % from the start, every 4th step true, recomputing": "many-refresh4-recomputed",
         "frozen, T = 75 % from the start": "many-frozen-75",
@@ -184,6 +186,12 @@ STUDIES: dict[str, dict[str, str]] = {
         "preset `recommended`": "cosine-recommended",
     },
     "bench_s.json": {
+        "SGD, 24 epochs": "sgd",
+        "SGD, 20 epochs": "sgd-20",
+        "SGD, 17 epochs": "sgd-17",
+        "a quarter of each batch true, × ½ (preset `recommended`)": "quarter-gain0.5",
+    },
+    "bench_s_elsewhere.json": {
         "SGD everywhere, 24 epochs": "sgd",
         "nothing (`frozen`)": "frozen",
         "a true step in every fourth": "frozen-refresh4",

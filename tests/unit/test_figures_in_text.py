@@ -215,6 +215,11 @@ IN_TEXT: list[tuple[str, str, Callable[[], list[str]]]] = [
     ),
     (
         "../README.md",
+        r"each image in 3 ways, 3 seeds \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) ×, .*? \| ([\d.]+) % at 1",
+        lambda: top1_and_saving("bench_f_many.json", "many-sgd", "many-kept-40-draws3", "many-sgd-4"),
+    ),
+    (
+        "../README.md",
         r"no part in choosing it, 5 seeds \| ([\d.]+) % \| ([\d.]+) % at ([\d.]+) × \| ([\d.]+) % at 2",
         lambda: top1_and_saving("bench_f_kept_swapped.json", "few-sgd", "few-kept-50", "few-sgd-10"),
     ),
