@@ -107,7 +107,8 @@ class KeptOutputs:
         else:
             place, refusal = None, f"no image comes back in this run (data.draws={self._recurrence.draws})"
         # Ranks read what others have written: all have found the same place to cut, or none keeps anything.
-        found = refusal if place is None else place.describe(self._model)
+        # Why it found none is each rank's own affair.
+        found = "" if place is None else place.describe(self._model)
         if self._is_anywhere(found != self._runtime.share_text(found)):
             place, refusal = None, "the ranks' networks cannot be cut alike"
         if place is None:

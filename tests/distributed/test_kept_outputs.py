@@ -18,7 +18,7 @@ from rank_pool import free_ports, world_of_its_own
 from test_mid_epoch_resume import pool_of
 from torch import nn
 
-from locsgd_dist.distributed import KeptOutputs, Recurrence, Runtime
+from locsgd_dist.distributed import KeptOutputs, Recurrence, Runtime, kept_outputs
 from locsgd_dist.localized import LocalizedConfig, LocalizedLearner
 from locsgd_dist.recording import RunDirectory
 
@@ -163,6 +163,24 @@ def other_networks_on_each_rank(ports: list[int]) -> tuple[str | None, int]:
 def test_ranks_that_would_cut_in_different_places_keep_nothing(two_ranks: Any) -> None:
     told = two_ranks.run(other_networks_on_each_rank, free_ports(2))
     assert told == [("outputs are not kept: the ranks' networks cannot be cut alike", 0)] * 2
+
+
+def failing_on_each_rank(ports: list[int]) -> str | None:
+    """Each in words of its own, as of a GPU's memory."""
+    with world_of_its_own(ports):
+        runtime = Runtime(torch.device("cpu"))
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(576, 10))
+        kept = keeping(model, 1, runtime)
+        failing = mock.Mock(side_effect=RuntimeError(f"no memory on device {runtime.rank}"))
+        with mock.patch.object(kept_outputs, "find_cut", failing):
+            message = kept.refresh(0)
+        runtime.close()
+        return message
+
+
+def test_ranks_whose_trials_fail_each_say_why(two_ranks: Any) -> None:
+    told = two_ranks.run(failing_on_each_rank, free_ports(2))
+    assert told == [f"outputs are not kept: RuntimeError in a trial: no memory on device {rank}" for rank in (0, 1)]
 
 
 def full_on_one_rank(ports: list[int], folder: str) -> tuple[str | None, int]:
