@@ -92,6 +92,8 @@ class DataConfig:
                 raise ValueError(f"data.{key} must be 0 (off) or positive and finite, got {value}")
         if self.draws_from < 0:
             raise ValueError(f"data.draws_from must be at least 0, got {self.draws_from}")
+        if self.draws_from and self.draws is None:
+            raise ValueError(f"data.draws must be at least 1 for data.draws_from={self.draws_from}, got null")
         if self.subset_seed < 0:
             raise ValueError(f"data.subset_seed must be at least 0, got {self.subset_seed}")
         if self.workers < -1:

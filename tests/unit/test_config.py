@@ -55,6 +55,7 @@ BAD = [
     ("--localized.norm_statistics=still", "localized.norm_statistics"),
     ("--data.draws=0", "data.draws"),
     ("--data.draws_from=-1", "data.draws_from"),
+    ("--data.draws_from=3", "data.draws must be at least 1"),
     ("--localized.keep_gib=0", "localized.keep_gib"),
     ("--localized.keep_outputs=true", "localized.rule=frozen, got hebbian"),
     (KEEPING.replace("held", "moving"), "localized.norm_statistics=held, got moving"),
